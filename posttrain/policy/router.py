@@ -60,9 +60,18 @@ class Router(nn.Module):
         self.norm_topk_prob: bool = config.norm_topk_prob
         self.routed_scaling_factor: float = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.zeros(self.num_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
+        bias_E = torch.zeros(self.num_experts, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", bias_E)
         self.load_E: Tensor | None = None
         self.log: RoutingLog | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        """Keep the bias in float32 when the policy is cast: bfloat16 has no 0.5 + 0.001."""
+        bias_E = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device)
+        return self
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_TD = hidden_states.view(-1, hidden_states.shape[-1])

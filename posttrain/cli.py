@@ -1,0 +1,206 @@
+"""The command `posttrain`: train a stage of a recipe, score a checkpoint, look at the machine.
+
+Exit codes: 0 done; 2 something given is wrong (recipe, data, reward, checkpoint); 1 the run failed its own checks
+(parity, weight sync); 130 stopped by a signal.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain import environment, report
+from posttrain import recipe as recipes
+from posttrain.recipe import Recipe, RecipeError
+
+WRONG, FAILED, STOPPED = 2, 1, 130
+
+# What a launcher tells its processes; a stage started from one of them must not join their group.
+_LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    environment.prepare()
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    if wrong or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if rest:  # overrides that came after an option
+        options.overrides = [*options.overrides, *rest]
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        return STOPPED
+    except (ValueError, RuntimeError) as error:
+        if type(error).__module__.partition(".")[0] not in ("posttrain", "rewards"):
+            raise
+        print(f"posttrain: {error}", file=sys.stderr)
+        return WRONG if isinstance(error, ValueError) else FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="posttrain", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for stage, text in (
+        ("sft", "supervised fine-tuning"),
+        ("grpo", "GRPO with vLLM rollouts, after the SFT stage if the recipe has one"),
+    ):
+        command = commands.add_parser(stage, help=text, description=text)
+        command.add_argument("recipe", type=Path, metavar="RECIPE")
+        _add_overrides(command)
+        command.add_argument(
+            "--resume", action="store_true", help="continue from the newest step checkpoint"
+        )
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="check the recipe, its data and its memory; train nothing",
+        )
+        command.set_defaults(run=_train, stage=stage)
+    command = commands.add_parser("eval", help="score a checkpoint by generation")
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    command.add_argument("--recipe", type=Path, help="default: recipe.yaml beside the checkpoint")
+    _add_overrides(command)
+    command.set_defaults(run=_evaluate)
+    command = commands.add_parser(
+        "doctor", help="say what this machine has, and check engine against trainer"
+    )
+    command.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="over the recipe's fields: grpo.learning_rate=1e-6",
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    recipe = recipes.load(options.recipe, options.overrides)
+    if getattr(recipe, options.stage) is None:
+        raise RecipeError(f"{options.recipe}: the recipe has no section `{options.stage}`")
+    if options.dry_run:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        from posttrain import dryrun
+
+        text = dryrun.run(recipe, options.stage)
+        _say(f"dry run of {options.recipe}\n{text}")
+        return 0
+    if options.stage == "grpo" and recipe.sft is not None:
+        code = _sft_first(options, recipe)
+        if code:
+            return code
+    stage = importlib.import_module(f"posttrain.training.{options.stage}")
+    summary = stage.run(recipe, resume=options.resume)
+    if summary.get("status") == "interrupted":
+        _say(
+            f"stopped after {summary.get('steps')} steps; go on with: {_command(options)} --resume"
+        )
+        return STOPPED
+    before = _read_json(recipe.run_dir("sft") / "summary.json") if options.stage == "grpo" else None
+    _say(report.training(summary, recipe.run_dir(options.stage), before))
+    return 0
+
+
+def _sft_first(options: argparse.Namespace, recipe: Recipe) -> int:
+    """Run the SFT stage where its checkpoint is missing, in processes of its own; return its exit code.
+
+    Of several processes on one machine the first starts as many for the SFT stage, while the others wait.
+    """
+    checkpoint = recipe.run_dir("sft") / "checkpoint"
+    if (checkpoint / "config.json").exists():
+        return 0
+    processes, here = (
+        int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
+    if processes > here:
+        raise RecipeError(
+            f"{options.recipe}: there is no SFT checkpoint at {checkpoint}; on several machines run that stage "
+            f"first, with the same launcher: {_command(options).replace(' grpo ', ' sft ', 1)}"
+        )
+    # The launcher is the parent of every process here, and of no other run's.
+    done = Path(tempfile.gettempdir()) / f"posttrain-sft-{os.getppid()}"
+    if not _is_main():
+        while not done.exists():
+            time.sleep(0.5)
+        return int(done.read_text(encoding="utf-8"))
+    _say(f"{recipe.name}: no SFT checkpoint at {checkpoint} yet, so the SFT stage runs first")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "posttrain", "sft"]
+    command += [str(options.recipe), *options.overrides]
+    if (recipe.run_dir("sft") / "steps").exists() and options.resume:
+        command.append("--resume")
+    inherited = {
+        name: text
+        for name, text in os.environ.items()
+        if name not in _LAUNCHED and not name.startswith(("MASTER_", "TORCHELASTIC_"))
+    }
+    done.unlink(missing_ok=True)
+    code = subprocess.run(command, env=inherited, check=False).returncode
+    code = STOPPED if code < 0 else code
+    if processes > 1:
+        partial = done.with_suffix(".partial")
+        partial.write_text(str(code), encoding="utf-8")
+        partial.replace(done)
+    if code:
+        print(f"posttrain: the SFT stage ended with exit code {code}", file=sys.stderr)
+    return code
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if not (options.checkpoint / "config.json").is_file():
+        raise RecipeError(f"{options.checkpoint}: there is no checkpoint here (no config.json)")
+    path = options.recipe or options.checkpoint.resolve().parent / "recipe.yaml"
+    if not path.exists():
+        raise RecipeError(
+            f"{path}: there is no recipe here; name the one to score by with --recipe"
+        )
+    recipe = recipes.load(path, options.overrides)
+    from posttrain import evaluate
+
+    summary = evaluate.run(checkpoint=options.checkpoint, recipe=recipe)
+    _say(report.evaluation(summary, options.checkpoint))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from posttrain import doctor
+
+    return int(doctor.run())
+
+
+def _command(options: argparse.Namespace) -> str:
+    return " ".join(["posttrain", options.stage, str(options.recipe), *options.overrides])
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _is_main():
+        print(text, flush=True)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None

@@ -1,0 +1,189 @@
+"""`--dry-run`: everything of a run that can be checked without its weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import AutoTokenizer, DeepseekV3Config
+from transformers.utils import cached_file
+
+import rewards
+from posttrain import footprint, report, tasks
+from posttrain.policy import configuration
+from posttrain.recipe import Recipe, RecipeError, accelerate_config, launched_processes
+
+STAGE_DATA = {"sft": ("sft", "eval"), "grpo": ("train", "eval")}
+
+
+class _Unavailable(Exception):
+    """What cannot be checked on this machine; no fault of the recipe."""
+
+
+def run(recipe: Recipe, stage: str) -> str:
+    """Check the data, rewards, policy and memory of a stage (of both, when GRPO has an SFT stage before it).
+
+    Returns what was found as text, what could not be checked here among it. Raises RecipeError with every fault.
+    """
+    stages = [
+        name
+        for name in ("sft", "grpo")
+        if getattr(recipe, name) and (name == stage or stage == "grpo")
+    ]
+    checks: list[tuple[str, str]] = [
+        ("recipe", f"{', then '.join(stages)}: every field and rule holds")
+    ]
+    faults: list[str] = []
+
+    def note(what: str, check: Callable[[], str]) -> None:
+        try:
+            checks.append((what, check()))
+        except _Unavailable as missing:
+            checks.append((what, f"not checked: {missing}"))
+        except ValueError as error:
+            faults.append(str(error))
+
+    for role in dict.fromkeys(role for name in stages for role in STAGE_DATA[name]):
+        if getattr(recipe.data, role) is not None:
+            note(f"data.{role}", lambda role=role: _data(recipe, role))  # type: ignore[misc]
+    for reward in recipe.rewards:
+        needs = rewards.load(reward.name, **reward.options).required_columns
+        checks.append(
+            (
+                f"reward {reward.name}",
+                f"weight {reward.weight:g}, reads {', '.join(needs) or 'no column'}",
+            )
+        )
+    config: DeepseekV3Config | None = None
+
+    def policy() -> str:
+        nonlocal config
+        config, origin = _config(recipe)
+        return origin
+
+    note("policy", policy)
+    if faults:
+        raise RecipeError("\n".join(faults))
+    if config is None:
+        return report.table("checks", checks)
+    return f"{report.table('checks', checks)}\n{_memory(recipe, config, stages)}"
+
+
+def _data(recipe: Recipe, role: str) -> str:
+    """Load a source and check that the rewards find their columns in it."""
+    source = getattr(recipe.data, role)
+    try:
+        data = tasks.load(source)
+    except tasks.TaskUnavailableError:
+        raise _Unavailable(
+            f"{source.hub} is not in the cache of the hub (`path` takes a local file with the same columns)"
+        ) from None
+    columns = set(data.column_names)
+    if role != "sft":
+        for reward in recipe.rewards:
+            missing = set(rewards.load(reward.name, **reward.options).required_columns) - columns
+            if missing:
+                raise tasks.TaskError(
+                    f"{source.where}: data.{role}: the reward {reward.name} reads the column "
+                    f"{', '.join(sorted(missing))}; the data has {', '.join(sorted(columns))}"
+                )
+    if role == "eval" and len(data) < recipe.eval.count:
+        raise tasks.TaskError(
+            f"{source.where}: data.eval: eval.count {recipe.eval.count} is more than its {len(data)} rows"
+        )
+    return f"{len(data):,} rows of {', '.join(data.column_names)}"
+
+
+def _config(recipe: Recipe) -> tuple[DeepseekV3Config, str]:
+    """Return the policy's configuration and where it comes from."""
+    section = recipe.policy
+    if section.config is not None:
+        fields = dict(section.config)
+        if "vocab_size" not in fields:
+            fields["vocab_size"] = len(AutoTokenizer.from_pretrained(section.tokenizer))
+        config, origin = DeepseekV3Config(**fields), "the recipe's config"
+    else:
+        file = _config_file(recipe)
+        if file is None:
+            raise _Unavailable(
+                f"{section.path} is not in the cache of the hub, and `policy.dry_run_config` is not set; "
+                "neither is its memory"
+            )
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        configuration.check(raw, file)
+        dropped = ("auto_map", "quantization_config")
+        config = DeepseekV3Config.from_dict({k: v for k, v in raw.items() if k not in dropped})
+        origin = str(file)
+    if section.num_nextn_predict_layers is not None:
+        config.num_nextn_predict_layers = section.num_nextn_predict_layers
+    room, wanted = config.max_position_embeddings, recipe.rollout.max_model_len
+    if wanted > room:
+        raise RecipeError(
+            f"rollout.max_model_len: must be at most max_position_embeddings {room}, got {wanted}"
+        )
+    if recipe.rollout.num_speculative_tokens and not config.num_nextn_predict_layers:
+        raise RecipeError(
+            "rollout.num_speculative_tokens: the checkpoint has no MTP module to draft with: "
+            "set `policy.num_nextn_predict_layers: 1`"
+        )
+    return config, f"from {origin}"
+
+
+def _config_file(recipe: Recipe) -> Path | None:
+    section = recipe.policy
+    path = Path(str(section.path))
+    if path.is_dir():
+        return path / configuration.FILE
+    found = cached_file(
+        str(section.path),
+        configuration.FILE,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is not None:
+        return Path(found)
+    return None if section.dry_run_config is None else Path(section.dry_run_config)
+
+
+def _memory(recipe: Recipe, config: DeepseekV3Config, stages: list[str]) -> str:
+    """Return the table of memory, of the last stage."""
+    shapes = footprint.shapes(config)
+    spread = accelerate_config(recipe.accelerate) if recipe.accelerate else None
+    layout = footprint.Layout.read(spread, launched_processes(recipe))
+    stage = stages[-1]
+    trained = footprint.training(shapes, layout, recipe.policy.dtype, getattr(recipe, stage))
+    engine = footprint.rollout(shapes, config, recipe.rollout)
+    # The cache takes what room is left; it cannot do without one whole sequence.
+    needed = sum(part.bytes for part in [*trained, *engine[:2]] if not part.on_host)
+    parts = [*trained, *engine, footprint.Part("at least, without activations", needed)]
+    names = [part.what + (", on the host" if part.on_host else "") for part in parts]
+    width = max(map(len, names))
+    where = f"{layout.kind}, {layout.processes} on {layout.machines} machine(s)"
+    lines = [
+        report.table(
+            "policy",
+            [
+                ("parameters", f"{shapes.trunk:,}, of which a token uses {shapes.active:,}"),
+                (
+                    "layers",
+                    f"{config.num_hidden_layers}, each of {config.n_routed_experts} routed experts, "
+                    f"{config.num_experts_per_tok} a token",
+                ),
+                (
+                    "MTP modules",
+                    f"{config.num_nextn_predict_layers} with {shapes.mtp:,} parameters",
+                ),
+                ("processes", where),
+            ],
+        ),
+        f"{f'memory of {stage}, GiB':<{width + 2}}  {'a process':>10}  {'in all':>10}",
+    ]
+    for name, part in zip(names, parts, strict=True):
+        lines.append(
+            f"  {name:<{width}}  {_gib(part.bytes)}  {_gib(part.bytes * layout.processes)}"
+        )
+    return "\n".join(lines)
+
+
+def _gib(size: float) -> str:
+    return f"{size / footprint.GIB:>10,.2f}"

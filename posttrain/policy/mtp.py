@@ -65,15 +65,14 @@ class MTPOutput:
 
     loss: mean over depths of (sum of cross-entropies / num_items), nats; differentiable.
     token_losses, tokens: per depth, the mean cross-entropy and the number of scored tokens.
-    overlap, agreement: per depth, sum_x min(p(x), q(x)) of trunk p and module q, which is the
-    chance that a token drafted at temperature 1 is accepted, and the share of equal argmaxes,
-    which is the chance at temperature 0; both on a sample of the scored tokens.
+    acceptance, agreement: per depth, the chance that a drafted token is kept at temperature 1 and
+    at temperature 0 (see `draft_quality`), if the request asked for it.
     """
 
     loss: Tensor
     token_losses: list[float]
     tokens: list[int]
-    overlap: list[float]
+    acceptance: list[float]
     agreement: list[float]
 
 
@@ -84,7 +83,7 @@ class MTPRequest:
     labels_BS: token ids, IGNORE where a token is not to be predicted; unshifted.
     num_items: what sums of token losses are divided by; None: the depth's own number of tokens.
     detach: no gradient to trunk, embedding or head.
-    quality: measure overlap and agreement too (one more pass through the head).
+    quality: measure acceptance and agreement too (one more pass through the head).
     """
 
     labels_BS: Tensor
@@ -136,17 +135,19 @@ def cross_entropy_sum(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> T
 
 @torch.no_grad()
 def draft_quality(trunk_TD: Tensor, draft_TD: Tensor, head_VD: Tensor) -> tuple[float, float]:
-    """Return (overlap, agreement) of the trunk's and the module's next-token distributions.
+    """Return (acceptance, agreement) of drafts, with trunk p and module q of the same token.
 
-    overlap = mean_t sum_x min(p_t(x), q_t(x)): the acceptance rate of speculative sampling
-    (arXiv 2211.17192, corollary 3.6). Sampled: at most 512 tokens, evenly spread.
+    A module drafts its most probable token, x = argmax q, as vLLM does unless told otherwise.
+    acceptance = mean p(x): at temperature 1 speculative sampling keeps x with this chance (arXiv
+    2211.17192, algorithm 1, with a q that is certain of x). agreement = share of x = argmax p: the
+    chance at temperature 0. Measured on at most 512 to 1023 tokens, evenly spread.
     """
     stride = max(1, trunk_TD.shape[0] // 512)
     p_TV = F.linear(trunk_TD[::stride], head_VD).float().softmax(-1)
-    q_TV = F.linear(draft_TD[::stride], head_VD).float().softmax(-1)
-    overlap = torch.minimum(p_TV, q_TV).sum(-1).mean()
-    agreement = (p_TV.argmax(-1) == q_TV.argmax(-1)).float().mean()
-    return overlap.item(), agreement.item()
+    drafted_T = F.linear(draft_TD[::stride], head_VD).argmax(-1)
+    acceptance = p_TV.gather(1, drafted_T.unsqueeze(1)).mean()
+    agreement = (p_TV.argmax(-1) == drafted_T).float().mean()
+    return acceptance.item(), agreement.item()
 
 
 class MTPCollector:
@@ -157,7 +158,7 @@ class MTPCollector:
         self.losses: list[Tensor] = []
         self.token_losses: list[float] = []
         self.tokens: list[int] = []
-        self.overlap: list[float] = []
+        self.acceptance: list[float] = []
         self.agreement: list[float] = []
 
     def add(
@@ -179,11 +180,11 @@ class MTPCollector:
         self.tokens.append(tokens)
         if self.request.quality and tokens:
             ahead_BSD = trunk_BSD.roll(-(depth + 1), dims=1)
-            overlap, agreement = draft_quality(ahead_BSD[scored_BS], hidden_TD.detach(), head_VD)
-            self.overlap.append(overlap)
+            acceptance, agreement = draft_quality(ahead_BSD[scored_BS], hidden_TD.detach(), head_VD)
+            self.acceptance.append(acceptance)
             self.agreement.append(agreement)
 
     def result(self) -> MTPOutput:
         """Average over depths (eq. 25, without lambda)."""
         loss = torch.stack(self.losses).mean()
-        return MTPOutput(loss, self.token_losses, self.tokens, self.overlap, self.agreement)
+        return MTPOutput(loss, self.token_losses, self.tokens, self.acceptance, self.agreement)

@@ -1,0 +1,1 @@
+"""Training stages: SFT and GRPO as thin subclasses of TRL's trainers."""

@@ -1,0 +1,147 @@
+"""One stage of a run: its folder, tokenizer, policy, configuration, and summary."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from transformers import AutoTokenizer, DeepseekV3Config, PreTrainedTokenizerBase, Trainer, set_seed
+
+from posttrain.policy import checkpoint
+from posttrain.policy.model import PolicyForCausalLM
+from posttrain.recipe import Recipe
+from posttrain.training.callbacks import MetricsLog, StopOnSignal, peak_memory_gib
+from posttrain.training.policy_trainer import last_step_checkpoint, write_json
+
+Config = TypeVar("Config")
+
+
+@dataclass
+class Stage:
+    """`runs/<recipe>/<stage>/`: `checkpoint/`, `steps/`, `recipe.yaml`, `metrics.jsonl`, ...
+
+    `resume_from` is the step checkpoint that a resumed run continues from.
+    """
+
+    recipe: Recipe
+    name: str
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    resume_from: str | None
+    started: float = field(default_factory=time.monotonic)
+    _stop: StopOnSignal | None = None
+
+    @classmethod
+    def start(cls, recipe: Recipe, name: str, resume: bool) -> "Stage":
+        """Make the folder, write the resolved recipe, seed everything.
+
+        Raises CheckpointError if `resume` finds no whole step checkpoint.
+        """
+        folder = recipe.run_dir(name)
+        state = PartialState()
+        resume_from = None
+        if resume:
+            last = last_step_checkpoint(folder / "steps")
+            if last is None:
+                raise checkpoint.CheckpointError(
+                    f"--resume: no whole step checkpoint under {folder / 'steps'}; "
+                    "start without --resume, or set save_steps so that one is written"
+                )
+            resume_from = str(last)
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            recipe.dump(folder / "recipe.yaml")
+            if not resume:
+                for log in ("metrics.jsonl", "samples.jsonl"):
+                    (folder / log).unlink(missing_ok=True)
+        state.wait_for_everyone()
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+        tokenizer = AutoTokenizer.from_pretrained(recipe.policy.tokenizer or recipe.policy.path)
+        set_seed(recipe.seed)
+        return cls(recipe, name, folder, tokenizer, resume_from)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the final checkpoint."""
+        return self.folder / "checkpoint"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and evaluates."""
+        return PartialState().is_main_process
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether training stopped on a signal."""
+        return self._stop is not None and self._stop.stopped
+
+    def policy(self, source: str | Path | None) -> PolicyForCausalLM:
+        """Build the policy: from the step checkpoint, from `source`, or from scratch."""
+        section = self.recipe.policy
+        dtype = getattr(torch, section.dtype)
+        source = self.resume_from or source
+        if source is not None:
+            return checkpoint.load(
+                source,
+                dtype=dtype,
+                attn_implementation=section.attn_implementation,
+                num_nextn_predict_layers=section.num_nextn_predict_layers,
+            )
+        config = DeepseekV3Config(
+            **{
+                "vocab_size": len(self.tokenizer),
+                "bos_token_id": self.tokenizer.bos_token_id,
+                "eos_token_id": self.tokenizer.eos_token_id,
+                "pad_token_id": self.tokenizer.pad_token_id,
+            }
+            | section.config
+        )
+        config._attn_implementation = section.attn_implementation
+        config._experts_implementation = "eager"
+        return PolicyForCausalLM(config).to(dtype)
+
+    def config(self, cls: type[Config], fields: dict[str, Any]) -> Config:
+        """Make the trainer's configuration: the recipe's fields over the stage's defaults."""
+        bf16 = self.recipe.policy.dtype == "bfloat16"
+        defaults = {"bf16": bf16, "report_to": ["tensorboard"], "logging_steps": 1}
+        fixed = {"output_dir": str(self.folder / "steps"), "seed": self.recipe.seed}
+        return cls(**(defaults | fields | fixed))
+
+    def attach(self, trainer: Trainer) -> None:
+        """Add the callbacks that every stage has."""
+        self._stop = StopOnSignal(trainer.accelerator)
+        trainer.add_callback(self._stop)
+        trainer.add_callback(MetricsLog(self.folder / "metrics.jsonl"))
+
+    def last_metric(self, name: str) -> float | None:
+        """Return the newest value of a metric in `metrics.jsonl`."""
+        values = self.metrics(name)
+        return values[-1] if values else None
+
+    def metrics(self, name: str) -> list[float]:
+        """Return all logged values of a metric, oldest first."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = map(json.loads, path.read_text().splitlines())
+        return [line[name] for line in lines if line.get(name) is not None]
+
+    def finish(self, status: str, **content: Any) -> dict[str, Any]:
+        """Write `summary.json` (main process) and return it."""
+        summary = {
+            "stage": self.name,
+            "recipe": self.recipe.name,
+            "status": status,
+            "wall_seconds": time.monotonic() - self.started,
+            "checkpoint": str(self.checkpoint),
+            **peak_memory_gib(),
+            **content,
+        }
+        if self.is_main:
+            write_json(self.folder / "summary.json", summary)
+        PartialState().wait_for_everyone()
+        return summary

@@ -1,0 +1,58 @@
+"""The code that docs/rewards.md shows does what the page says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import rewards
+
+PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+
+
+def block(first_line: str) -> str:
+    found = re.search(rf"^```{re.escape(first_line)}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert found is not None, first_line
+    return found[1]
+
+
+def test_first_example_gives_the_values_it_shows() -> None:
+    code = block("python")
+    scope: dict[str, object] = {}
+    *statements, call = code.strip().splitlines()
+    expression, _, shown = call.partition("  # ")
+    exec("\n".join(statements), scope)
+    assert eval(expression, scope) == eval(shown)
+
+
+def test_own_reward_in_ten_lines(tmp_path: Path) -> None:
+    code = block("python my_rewards.py")
+    assert len(code.splitlines()) <= 10
+    (tmp_path / "my_rewards.py").write_text(code)
+    metrics: dict[str, float] = {}
+    reward = rewards.load(f"{tmp_path}/my_rewards.py:brevity", limit=4)
+    message = [{"role": "assistant", "content": "123456"}]
+    values = reward(
+        completions=["1234", message, "123456789"], answer=["1"] * 3, log_metric=metrics.__setitem__
+    )
+    assert values == [1.0, 0.5, 0.0]
+    assert metrics == {"reward/brevity/mean_length": pytest.approx(19 / 3)}
+
+
+def test_recipe_example_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text(block("python my_rewards.py"))
+    monkeypatch.chdir(tmp_path)
+    entries = yaml.safe_load(block("yaml"))["rewards"]
+    names = [rewards.load(entry["name"], **entry.get("options", {})).__name__ for entry in entries]
+    assert names == ["math", "format", "brevity"]
+
+
+def test_every_built_in_has_its_section_and_its_options() -> None:
+    for name in rewards.BUILT_IN:
+        section = PAGE.partition(f"\n## `{name}`\n")[2].partition("\n## ")[0]
+        with pytest.raises(rewards.RewardError, match="it has ") as refused:
+            rewards.load(name, no_such_option=1)
+        options = str(refused.value).rpartition("it has ")[2].split(", ")
+        assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sorted(options)
+        assert "**Known problems.**" in section

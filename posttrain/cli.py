@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         ("sft", "supervised fine-tuning"),
         ("grpo", "GRPO with vLLM rollouts, after the SFT stage if the recipe has one"),
     ):
-        command = commands.add_parser(stage, help=text, description=text)
+        command = commands.add_parser(stage, help=text, description=text, allow_abbrev=False)
         command.add_argument("recipe", type=Path, metavar="RECIPE")
         _add_overrides(command)
         command.add_argument(
@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
             help="check the recipe, its data and its memory; train nothing",
         )
         command.set_defaults(run=_train, stage=stage)
-    command = commands.add_parser("eval", help="score a checkpoint by generation")
+    command = commands.add_parser(
+        "eval", help="score a checkpoint by generation", allow_abbrev=False
+    )
     command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     command.add_argument("--recipe", type=Path, help="default: recipe.yaml beside the checkpoint")
     _add_overrides(command)

@@ -8,9 +8,10 @@ from transformers import AutoTokenizer, DeepseekV3Config
 from transformers.utils import cached_file
 
 import rewards
-from posttrain import footprint, report, tasks
+from posttrain import environment, footprint, report, tasks
 from posttrain.policy import configuration
 from posttrain.recipe import Recipe, RecipeError, accelerate_config, launched_processes
+from posttrain.rollout import engine
 
 STAGE_DATA = {"sft": ("sft", "eval"), "grpo": ("train", "eval")}
 
@@ -39,7 +40,7 @@ def run(recipe: Recipe, stage: str) -> str:
             checks.append((what, check()))
         except _Unavailable as missing:
             checks.append((what, f"not checked: {missing}"))
-        except ValueError as error:
+        except (ValueError, engine.EngineError) as error:
             faults.append(str(error))
 
     for role in dict.fromkeys(role for name in stages for role in STAGE_DATA[name]):
@@ -115,15 +116,15 @@ def _config(recipe: Recipe) -> tuple[DeepseekV3Config, str]:
         origin = str(file)
     if section.num_nextn_predict_layers is not None:
         config.num_nextn_predict_layers = section.num_nextn_predict_layers
+    engine.check(
+        {"topk_method": "noaux_tc", "scoring_func": "sigmoid", **config.to_dict()},
+        recipe.rollout,
+        environment.on_cpu(),
+    )
     room, wanted = config.max_position_embeddings, recipe.rollout.max_model_len
     if wanted > room:
         raise RecipeError(
             f"rollout.max_model_len: must be at most max_position_embeddings {room}, got {wanted}"
-        )
-    if recipe.rollout.num_speculative_tokens and not config.num_nextn_predict_layers:
-        raise RecipeError(
-            "rollout.num_speculative_tokens: the checkpoint has no MTP module to draft with: "
-            "set `policy.num_nextn_predict_layers: 1`"
         )
     return config, f"from {origin}"
 
@@ -152,13 +153,17 @@ def _memory(recipe: Recipe, config: DeepseekV3Config, stages: list[str]) -> str:
     layout = footprint.Layout.read(spread, launched_processes(recipe))
     stage = stages[-1]
     trained = footprint.training(shapes, layout, recipe.policy.dtype, getattr(recipe, stage))
-    engine = footprint.rollout(shapes, config, recipe.rollout)
+    # SFT ends before the engine that evaluates it starts; GRPO trains beside its engine.
+    held = footprint.rollout(shapes, config, recipe.rollout) if stage == "grpo" else []
     # The cache takes what room is left; it cannot do without one whole sequence.
-    needed = sum(part.bytes for part in [*trained, *engine[:2]] if not part.on_host)
-    parts = [*trained, *engine, footprint.Part("at least, without activations", needed)]
+    needed = sum(part.bytes for part in [*trained, *held[:2]] if not part.on_host)
+    parts = [*trained, *held, footprint.Part("at least, without activations", needed)]
+    parts.append(footprint.loading(shapes, recipe.policy.dtype))
     names = [part.what + (", on the host" if part.on_host else "") for part in parts]
     width = max(map(len, names))
-    where = f"{layout.kind}, {layout.processes} on {layout.machines} machine(s)"
+    where = layout.kind
+    if layout.processes > 1:
+        where += f", {layout.processes} processes on {layout.machines} machine(s)"
     lines = [
         report.table(
             "policy",
@@ -173,7 +178,7 @@ def _memory(recipe: Recipe, config: DeepseekV3Config, stages: list[str]) -> str:
                     "MTP modules",
                     f"{config.num_nextn_predict_layers} with {shapes.mtp:,} parameters",
                 ),
-                ("processes", where),
+                ("spread", where),
             ],
         ),
         f"{f'memory of {stage}, GiB':<{width + 2}}  {'a process':>10}  {'in all':>10}",
@@ -186,4 +191,5 @@ def _memory(recipe: Recipe, config: DeepseekV3Config, stages: list[str]) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / footprint.GIB:>10,.2f}"
+    gib = size / footprint.GIB
+    return f"{gib:>10,.2f}" if gib >= 1 else f"{gib:>10.4f}"

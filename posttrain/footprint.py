@@ -141,19 +141,24 @@ def rollout(shapes: Shapes, config: DeepseekV3Config, section: Any) -> list[Part
     """Return the engine's parts: weights, one whole sequence in the cache, and as many as it may run at once."""
     size = BYTES[section.dtype]
     drafting = section.num_speculative_tokens > 0
+    split = section.tensor_parallel_size
     numbers = shapes.trunk + (shapes.mtp if drafting else 0)
-    weights = numbers * size / section.tensor_parallel_size
+    weights = numbers * size / split
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if drafting else 0)
     # The latent is whole in every process of a tensor-parallel engine.
     one = layers * cache_numbers(config) * size * section.max_model_len
+    spread = f", split over {split}" if split > 1 else ""
     length, many = section.max_model_len, section.max_num_seqs
     return [
-        Part(
-            f"rollout weights, {section.dtype}, split over {section.tensor_parallel_size}", weights
-        ),
+        Part(f"rollout weights, {section.dtype}{spread}", weights),
         Part(f"cache of one sequence of {length:,} tokens", one),
         Part(f"cache of {many:,} such sequences", one * many),
     ]
+
+
+def loading(shapes: Shapes, dtype: str) -> Part:
+    """Return what each process holds on the host before the model is spread: all of it."""
+    return Part("the whole policy while it loads", float(shapes.total * BYTES[dtype]), on_host=True)
 
 
 def cache_numbers(config: DeepseekV3Config) -> int:

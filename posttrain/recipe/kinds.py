@@ -56,7 +56,7 @@ def _fit_one(value: Any, kind: ast.expr, enums: Enums) -> Any:
         return None
     if name == "float" and number:
         return float(value)
-    if name == "int" and number and value == int(value):
+    if name == "int" and number and float(value).is_integer():
         return int(value)
     if name in enums and isinstance(value, str) and value in enums[name]:
         return value

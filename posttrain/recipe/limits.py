@@ -62,9 +62,11 @@ def unknown(source: Source, key: Key, known: Collection[str]) -> None:
 
 
 def bounds(source: Source, key: Key, value: Any, limits: Mapping[str, Any]) -> None:
-    """Note a fault for a number outside a section field's limits."""
+    """Note a fault for a value outside a section field's limits."""
     if value is None:
         return
+    if "one_of" in limits and value not in limits["one_of"]:
+        source.fault(key, f"expected {did_you_mean(value, limits['one_of'])}, got {value!r}")
     if "at_least" in limits and value < limits["at_least"]:
         source.fault(key, f"must be at least {limits['at_least']}, got {value}")
     if "above" in limits and not value > limits["above"]:

@@ -25,9 +25,8 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     source = read(path, overrides)
     source.values.setdefault("name", path.stem)
     recipe: Recipe = _section(Recipe, source.values, (), source)
-    recipe.rollout.dtype = recipe.rollout.dtype or recipe.policy.dtype
-    if recipe.rollout.seed is None:
-        recipe.rollout.seed = recipe.seed
+    if recipe.rollout.dtype == "auto":
+        recipe.rollout.dtype = recipe.policy.dtype
     rules.check(recipe, source, path)
     source.raise_faults()
     return recipe

@@ -59,6 +59,7 @@ def check_config(config: dict[str, Any], source: Source) -> None:
             f"a group is ranked by its two best experts, and n_routed_experts {experts} / n_group {groups} "
             f"leaves {experts // groups} each: use fewer groups",
         )
+        return
     if chosen > groups:
         fault("topk_group", f"must be at most n_group {groups}, got {chosen}")
     elif each > chosen * (experts // groups):

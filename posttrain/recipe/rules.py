@@ -50,7 +50,7 @@ def check(recipe: Recipe, source: Source, file: Path) -> None:
     processes = _processes(recipe, source)
     _policy(recipe, source)
     _data(recipe, source)
-    if not {"sft", "grpo"} & source.values.keys():
+    if recipe.sft is None and recipe.grpo is None and source.sound("sft", "grpo"):
         source.fault((), "there is nothing to train: give a section `sft`, `grpo` or both")
     if recipe.grpo is not None:
         _groups(recipe.grpo, processes, source)

@@ -63,11 +63,15 @@ class RolloutSection:
     max_model_len: int = field(default=2048, metadata={"at_least": 2})
     max_num_seqs: int = field(default=256, metadata={"at_least": 1})
     gpu_memory_utilization: float = field(default=0.3, metadata={"above": 0, "at_most": 1})
-    kv_cache_memory_gib: float | None = field(default=None, metadata={"above": 0})
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    # The cache on a CPU; on a GPU it takes what gpu_memory_utilization leaves.
+    kv_cache_memory_gib: float = field(default=1.0, metadata={"above": 0})
+    # "auto" becomes the policy's.
+    dtype: str = field(
+        default="auto", metadata={"one_of": ("auto", "float32", "bfloat16", "float16")}
+    )
     num_speculative_tokens: int = field(default=0, metadata={"at_least": 0})
     tensor_parallel_size: int = field(default=1, metadata={"at_least": 1})
-    seed: int | None = None
+    seed: int = 0
 
 
 @dataclass

@@ -62,13 +62,9 @@ class Source:
 
     def sound(self, *keys: str) -> bool:
         """Return whether no fault was noted at, in or around the fields named `section.field`."""
+        bad = [tuple(map(str, key)) for key in self.bad if key]
         wanted = [tuple(key.split(".")) for key in keys]
-        return not any(
-            bad[: len(key)] == key or key[: len(bad)] == bad
-            for key in wanted
-            for bad in self.bad
-            if bad
-        )
+        return not any(b[: len(key)] == key or key[: len(b)] == b for key in wanted for b in bad)
 
     def raise_faults(self) -> None:
         """Raise RecipeError when there are any."""

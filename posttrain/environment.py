@@ -19,7 +19,9 @@ PRIVATE = {
 ENGINE = {
     # Weight sync, the parity gate and routing records reach into the engine's modules.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Its warnings tell of settings that are meant, twenty lines at each start.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     # Fast tokenizers warn and disable themselves when a worker process is forked after use.
     "TOKENIZERS_PARALLELISM": "false",
 }

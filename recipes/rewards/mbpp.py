@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-SECONDS = 6
 MEMORY_BYTES = 1 << 30
 FILE_BYTES = 1 << 20
 
@@ -54,12 +53,13 @@ def passes(
     completions: list[Any],
     test_list: list[list[str]],
     test_setup_code: list[str] | None = None,
+    seconds: int = 6,
     **columns: Any,
 ) -> list[float]:
     """Return 1.0 for every completion whose program passes all tests of its row.
 
     The program is the last fenced code block, or the whole text where there is none. As in MBPP, it runs first, then
-    `test_setup_code`, then the asserts.
+    `test_setup_code`, then the asserts, all of it within `seconds`, an option of the recipe.
     """
     setups = test_setup_code or [""] * len(completions)
     jobs = [
@@ -67,7 +67,9 @@ def passes(
         for completion, tests, setup in zip(completions, test_list, setups, strict=True)
     ]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return [1.0 if passed else 0.0 for passed in pool.map(_passed, jobs)]
+        return [
+            1.0 if passed else 0.0 for passed in pool.map(lambda job: _passed(job, seconds), jobs)
+        ]
 
 
 def program(text: str) -> str:
@@ -80,10 +82,10 @@ def program(text: str) -> str:
     return blocks[-1] if blocks else text
 
 
-def _passed(parts: Sequence[str]) -> bool:
+def _passed(parts: Sequence[str], seconds: int) -> bool:
     """Run the parts one after the other; what reaches the end says a word that only the harness knows."""
     limits = {
-        "RLIMIT_CPU": SECONDS,
+        "RLIMIT_CPU": seconds,
         "RLIMIT_AS": MEMORY_BYTES,
         "RLIMIT_FSIZE": FILE_BYTES,
         "RLIMIT_NOFILE": 64,
@@ -104,7 +106,7 @@ def _passed(parts: Sequence[str]) -> bool:
         )
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(json.dumps([limits, parts, word]).encode(), timeout=SECONDS)
+                process.communicate(json.dumps([limits, parts, word]).encode(), timeout=seconds)
         finally:
             # Whatever the program started is in its group, also after it has ended itself.
             with contextlib.suppress(ProcessLookupError):

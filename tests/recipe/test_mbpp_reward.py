@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]
 
 
-def score(*completions: object, setup: str | None = None) -> list[float | None]:
-    reward = rewards.load(f"{ROOT}/recipes/rewards/mbpp.py:passes")
+def score(*completions: object, setup: str | None = None, seconds: int = 6) -> list[float | None]:
+    reward = rewards.load(f"{ROOT}/recipes/rewards/mbpp.py:passes", seconds=seconds)
     many = len(completions)
     return list(
         reward(
@@ -54,14 +54,17 @@ def test_setup_runs_after_the_program() -> None:
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "x")
     right = "def add(a, b): return a + b\n"
-    started = time.monotonic()
     assert score(
-        "while True: pass",
         "x = 'a' * (1 << 40)",
         f"{right}open('big', 'wb').write(b'x' * (2 << 20))",
         f"{right}import os\nassert 'SECRET' not in os.environ and os.listdir('.') == []",
-    ) == [0.0, 0.0, 0.0, 1.0]
-    assert time.monotonic() - started < 30  # 6 s allowed; the rest is for a busy machine
+    ) == [0.0, 0.0, 1.0]
+
+
+def test_the_deadline() -> None:
+    started = time.monotonic()
+    assert score("while True: pass", "import time\ntime.sleep(60)", seconds=1) == [0.0, 0.0]
+    assert time.monotonic() - started < 15  # 1 s allowed; the rest is for a busy machine
 
 
 def test_what_a_program_starts_is_ended_with_it(tmp_path: Path) -> None:
@@ -70,7 +73,7 @@ def test_what_a_program_starts_is_ended_with_it(tmp_path: Path) -> None:
         f"import subprocess\nchild = subprocess.Popen(['sleep', '60'])\n"
         f"open({str(mark)!r}, 'w').write(str(child.pid))\nwhile True: pass"
     )
-    assert score(program) == [0.0]
+    assert score(program, seconds=2) == [0.0]
     stat = Path(f"/proc/{mark.read_text()}/stat")
     for _ in range(50):
         if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":

@@ -8,6 +8,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -108,12 +109,15 @@ def _train(options: argparse.Namespace) -> int:
         text = dryrun.run(recipe, options.stage)
         _say(f"dry run of {options.recipe}\n{text}")
         return 0
-    if options.stage == "grpo" and recipe.sft is not None:
-        code = _sft_first(options, recipe)
+    resume = options.resume
+    sft = recipe.run_dir("sft") / "checkpoint"
+    if options.stage == "grpo" and recipe.sft is not None and not (sft / "config.json").exists():
+        code = _sft_first(options, recipe, sft)
         if code:
             return code
+        resume = False  # it was the SFT stage that there was to resume
     stage = importlib.import_module(f"posttrain.training.{options.stage}")
-    summary = stage.run(recipe, resume=options.resume)
+    summary = stage.run(recipe, resume=resume)
     if summary.get("status") == "interrupted":
         _say(
             f"stopped after {summary.get('steps')} steps; go on with: {_command(options)} --resume"
@@ -124,14 +128,11 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _sft_first(options: argparse.Namespace, recipe: Recipe) -> int:
-    """Run the SFT stage where its checkpoint is missing, in processes of its own; return its exit code.
+def _sft_first(options: argparse.Namespace, recipe: Recipe, checkpoint: Path) -> int:
+    """Run the SFT stage, whose checkpoint is missing, in processes of its own; return its exit code.
 
     Of several processes on one machine the first starts as many for the SFT stage, while the others wait.
     """
-    checkpoint = recipe.run_dir("sft") / "checkpoint"
-    if (checkpoint / "config.json").exists():
-        return 0
     processes, here = (
         int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     )
@@ -158,8 +159,7 @@ def _sft_first(options: argparse.Namespace, recipe: Recipe) -> int:
         if name not in _LAUNCHED and not name.startswith(("MASTER_", "TORCHELASTIC_"))
     }
     done.unlink(missing_ok=True)
-    code = subprocess.run(command, env=inherited, check=False).returncode
-    code = STOPPED if code < 0 else code
+    code = _run(command, inherited)
     if processes > 1:
         partial = done.with_suffix(".partial")
         partial.write_text(str(code), encoding="utf-8")
@@ -167,6 +167,25 @@ def _sft_first(options: argparse.Namespace, recipe: Recipe) -> int:
     if code:
         print(f"posttrain: the SFT stage ended with exit code {code}", file=sys.stderr)
     return code
+
+
+def _run(command: list[str], env: dict[str, str]) -> int:
+    """Run a command to its end, also when this process is told to stop: the command then saves and ends itself.
+
+    An interrupt from the keyboard reaches it without help, a SIGTERM is handed on.
+    """
+    child = subprocess.Popen(command, env=env)
+    handlers = {
+        signal.SIGINT: lambda number, frame: None,
+        signal.SIGTERM: lambda number, frame: child.send_signal(number),
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return STOPPED if code < 0 else code
 
 
 def _evaluate(options: argparse.Namespace) -> int:

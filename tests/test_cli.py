@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -113,37 +114,61 @@ def test_sft_runs_first_with_the_same_overrides(
 ) -> None:
     started = []
 
-    def run(command: list[str], env: dict[str, str], check: bool) -> types.SimpleNamespace:
-        assert not stages.calls, "GRPO began before its SFT stage"
+    def run(command: list[str], env: dict[str, str]) -> int:
+        assert len(stages.calls) == len(started), "GRPO began before its SFT stage"
         started.append(command)
-        return types.SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(cli, "_run", run)
+    Path("runs/tiny/sft/steps").mkdir(parents=True)
     assert cli.main(["grpo", "tiny.yaml", "seed=3"]) == 0
-    assert started == [[sys.executable, "-m", "posttrain", "sft", "tiny.yaml", "seed=3"]]
-    assert [call[0] for call in stages.calls] == ["grpo"]
+    sft = [sys.executable, "-m", "posttrain", "sft", "tiny.yaml", "seed=3"]
+    assert started == [sft]
     assert "no SFT checkpoint at runs/tiny/sft/checkpoint yet" in capsys.readouterr().out
+    # What is resumed is the stage that was stopped; the one after it begins.
+    assert cli.main(["grpo", "tiny.yaml", "seed=3", "--resume"]) == 0
+    assert started[1] == [*sft, "--resume"]
+    assert [(call[0], call[2]) for call in stages.calls] == [("grpo", False), ("grpo", False)]
 
 
-def test_a_failed_sft_stage_ends_the_run(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = types.SimpleNamespace(returncode=2)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    assert cli.main(["grpo", "tiny.yaml"]) == 2
-    assert stages.calls == []
-
-
-def test_the_child_is_this_very_command(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For real: the child finds the broken data, and its exit code comes back."""
+def test_the_child_is_this_very_command(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """For real: the child finds the broken recipe, and its exit code comes back."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    real = subprocess.run
+    real = cli._run
 
-    def run(command: list[str], **options: Any) -> Any:
+    def run(command: list[str], env: dict[str, str]) -> int:
         Path("rows.jsonl").unlink()  # the parent has already checked that it exists
-        return real(command, **options)
+        return real(command, env)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(cli, "_run", run)
     assert cli.main(["grpo", "tiny.yaml"]) == cli.WRONG
     assert stages.calls == []
+    err = capfd.readouterr().err
+    assert "there is no file rows.jsonl" in err
+    assert "the SFT stage ended with exit code 2" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stage_that_is_told_to_stop_ends_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """The parent of a stage lives on until the stage has saved; SIGTERM reaches it, SIGINT comes from the keyboard."""
+    code = (
+        "import os, signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(1)\n    open('saved', 'w').close()\n    sys.exit(130)\n"
+        f"signal.signal({int(number)}, stop)\n"
+        f"os.kill(os.getppid(), {int(number)})\n"
+        f"{'' if number == signal.SIGTERM else f'os.kill(os.getpid(), {int(number)})'}\n"
+        "time.sleep(30)\n"
+    )
+    (tmp_path / "child.py").write_text(code)
+    before = signal.getsignal(number)
+    monkeypatch.chdir(tmp_path)
+    assert cli._run([sys.executable, "child.py"], dict(os.environ)) == cli.STOPPED
+    assert (tmp_path / "saved").exists()
+    assert signal.getsignal(number) == before
 
 
 def test_several_processes_start_as_many_for_sft(
@@ -157,18 +182,18 @@ def test_several_processes_start_as_many_for_sft(
     monkeypatch.setenv("FSDP_VERSION", "2")
     seen: dict[str, Any] = {}
 
-    def run(command: list[str], env: dict[str, str], check: bool) -> types.SimpleNamespace:
+    def run(command: list[str], env: dict[str, str]) -> int:
         seen.update(command=command, env=env)
-        return types.SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(cli, "_run", run)
     assert cli.main(["grpo", "tiny.yaml"]) == 0
     assert seen["command"][1:6] == [
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
     ]  # fmt: skip
     assert not {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"} & seen["env"].keys()
     assert seen["env"]["FSDP_VERSION"] == "2"
-    # The other process goes on with the first one's exit code, starts nothing and says nothing.
+    # The other process goes on with the first one's exit code, and starts nothing.
     monkeypatch.setenv("RANK", "1")
     seen.clear()
     assert cli.main(["grpo", "tiny.yaml"]) == 0

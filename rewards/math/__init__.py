@@ -37,7 +37,7 @@ def math_reward(
     the last number of a completion that marks no answer; with "none", the default, that is 0.0.
     A gold may be the bare answer or a whole solution that marks it; a gold of None gives None.
     Plain numbers and phrases are compared here, formulas by math-verify in another process, where a
-    comparison that takes more than `time_limit` seconds is 0.0. Through `log_metric` go
+    comparison that takes more than `time_limit` seconds of processor time is 0.0. Through `log_metric` go
     `reward/math/timeouts` and `reward/math/errors`, counts over this batch.
 
     Raises RewardError, naming the row, for a gold that cannot be read, and for a wrong option.

@@ -18,6 +18,9 @@ from rewards.errors import RewardError
 
 _WORKER = Path(__file__).with_name("worker.py")
 START_SECONDS = 120.0
+# On a machine that is busy with other things, the worker may wait for a processor this many times
+# its limit. A reward should not depend on the neighbours.
+PATIENCE = 10
 
 
 class ComparisonTimeoutError(Exception):
@@ -31,7 +34,8 @@ class ComparisonFailedError(Exception):
 class Algebra:
     """Questions to one worker process, from any thread; one at a time.
 
-    The process starts with the first question, and after a fork the child starts its own.
+    Time limits are seconds of the worker's processor time, and at most PATIENCE times that by the
+    clock. The process starts with the first question, and after a fork the child starts its own.
     """
 
     def __init__(self) -> None:
@@ -113,14 +117,20 @@ class Algebra:
     @staticmethod
     def _reply(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
         assert process.stdout is not None
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE * seconds
+        processor_deadline = _processor_seconds(process.pid) + seconds
         line = b""
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while not line.endswith(b"\n"):
-                left = deadline - time.monotonic()
-                if left <= 0 or not selector.select(left):
+                left = min(
+                    deadline - time.monotonic(),
+                    processor_deadline - _processor_seconds(process.pid),
+                )
+                if left <= 0:
                     raise ComparisonTimeoutError
+                if not selector.select(left):
+                    continue
                 part = os.read(process.stdout.fileno(), 65536)
                 if not part:
                     raise EOFError
@@ -131,6 +141,16 @@ class Algebra:
         if self._end is not None:
             self._end()
         self._process = self._end = None
+
+
+def _processor_seconds(pid: int) -> float:
+    """Processor time that a process has used; where the system does not tell, the clock's time."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return time.monotonic()
+    # Fields 14 and 15 of proc(5), user and system time; the first after the name is field 3.
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:

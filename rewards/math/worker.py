@@ -2,7 +2,7 @@
 
 Run by path, by `rewards.math.comparison`; it imports nothing of this package. A request is
 `[gold, answer, seconds]`; with a null answer it asks only whether the gold can be read. The process
-may be killed at any moment, and it ends itself when a request takes a few seconds more than allowed
+may be killed at any moment, and it ends itself when a request takes more processor time than allowed
 (so that it does not outlive a parent that was killed) or when its input ends.
 """
 
@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 MEMORY_BYTES = 2 * 1024**3
-SPARE_SECONDS = 3
+SPARE_SECONDS = 1.0
 
 
 def main() -> None:
@@ -25,8 +25,8 @@ def main() -> None:
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Without a Python handler the alarm ends the process even inside a long C call.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    # Without a Python handler the timer's signal ends the process even inside a long C call.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     try:
         equal, readable = _algebra()
         # The first call fills the parser's tables; it must not count against a request.
@@ -37,14 +37,14 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=replies, flush=True)
     for line in sys.stdin:
         gold, answer, seconds = json.loads(line)
-        signal.alarm(int(seconds) + SPARE_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, seconds + SPARE_SECONDS)
         try:
             reply: dict[str, Any] = {
                 "result": readable(gold) if answer is None else equal(gold, answer)
             }
         except (Exception, RecursionError, MemoryError) as error:
             reply = {"error": type(error).__name__}
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(reply), file=replies, flush=True)
 
 

@@ -55,8 +55,8 @@ def test_a_question_that_hangs_is_killed_and_the_next_is_answered(algebra: Algeb
     start = time.monotonic()
     with pytest.raises(ComparisonTimeoutError):
         algebra.equal("5", "9^{9^{9^9}}", 0.5)
-    # The limit, and the time to kill a process on a busy machine.
-    assert time.monotonic() - start < 5.0
+    # Half a second when the worker has a processor, ten times that at most, and the kill.
+    assert time.monotonic() - start < 20.0
     assert not is_alive(first)
     assert algebra.equal("x+1", "1+x", PATIENT)
 
@@ -90,12 +90,16 @@ def test_works_off_the_main_thread_and_from_several(algebra: Algebra) -> None:
     assert wrong == []
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_forked_child_has_a_worker_of_its_own(algebra: Algebra) -> None:
     algebra.equal("x", "x", PATIENT)
     mine = worker_pid(algebra)
+    # As when another thread asks at the moment of the fork: in the child nobody will release it.
+    algebra._lock.acquire()
     child = os.fork()
     if child == 0:
         code = 1
+        signal.alarm(250)
         try:
             equal = algebra.equal("x+1", "1+x", PATIENT)
             other = worker_pid(algebra) != mine
@@ -103,6 +107,7 @@ def test_a_forked_child_has_a_worker_of_its_own(algebra: Algebra) -> None:
             code = 0 if equal and other else 2
         finally:
             os._exit(code)
+    algebra._lock.release()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert is_alive(mine)
     assert algebra.equal("x", "x", PATIENT)
@@ -129,10 +134,10 @@ def test_a_worker_without_its_parent_ends_itself() -> None:
     assert process.stdin is not None
     assert process.stdout is not None
     assert json.loads(process.stdout.readline()) == {"ready": True}
-    # Nobody is there to kill it: its own alarm must, 3 s after the limit.
+    # Nobody is there to kill it: its own alarm must, one second after the limit.
     process.stdin.write(json.dumps(["5", "9^{9^{9^9}}", 0]).encode() + b"\n")
     process.stdin.flush()
-    assert process.wait(timeout=30) == -signal.SIGALRM
+    assert process.wait(timeout=250) == -signal.SIGPROF
     process.stdin.close()
     process.stdout.close()
 

@@ -510,10 +510,10 @@ def test_cross_entropy_of_a_bfloat16_policy_is_summed_in_float32() -> None:
 
 
 def test_draft_quality_worked_example() -> None:
-    """p = (.5 .3 .2), q = (.2 .3 .5): overlap .2 + .3 + .2, argmaxes differ; then p = q."""
+    """p = (.5 .3 .2), q = (.2 .3 .5): the draft is token 2, kept with .2; then p = q: with .5."""
     p, q = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.3, 0.5]).log()
-    overlap, agreement = draft_quality(torch.stack([p, p]), torch.stack([q, p]), torch.eye(3))
-    assert overlap == pytest.approx((0.7 + 1.0) / 2)
+    acceptance, agreement = draft_quality(torch.stack([p, p]), torch.stack([q, p]), torch.eye(3))
+    assert acceptance == pytest.approx((0.2 + 0.5) / 2)
     assert agreement == 0.5
 
 
@@ -526,16 +526,16 @@ def test_quality_compares_distributions_of_the_same_token(
     inputs, labels, places = lay_out(docs, "packed")
     logits, output, hidden = run(policy, inputs, MTPRequest(labels, quality=True))
     for k in range(2):
-        overlaps, agreements = [], []
+        acceptances, agreements = [], []
         for (row, first), (_, y) in zip(places, docs, strict=True):
             for i in range(len(y) - k - 2):
                 if y[i + k + 2] == IGNORE:
                     continue
                 p = logits[row, first + i + k + 1].softmax(-1)
                 q = policy.lm_head(hidden[k][row, first + i]).softmax(-1)
-                overlaps.append(torch.minimum(p, q).sum().item())
+                acceptances.append(p[q.argmax()].item())
                 agreements.append(float(p.argmax() == q.argmax()))
-        assert output.overlap[k] == pytest.approx(sum(overlaps) / len(overlaps), rel=1e-4)
+        assert output.acceptance[k] == pytest.approx(sum(acceptances) / len(acceptances), rel=1e-4)
         assert output.agreement[k] == pytest.approx(sum(agreements) / len(agreements))
 
 

@@ -19,6 +19,7 @@ CASES = [
     ("boxed", r"so \boxed{\frac{1}{2}}.", 1.0),
     ("boxed", r"\boxed{1} or \boxed{2}", 0.0),
     ("boxed", r"\boxed{\boxed{1}}", 0.0),
+    ("boxed", r"\boxed{1} or \fbox{2}", 0.0),
     ("boxed", r"\boxed{ }", 0.0),
     ("boxed", r"\boxed{1", 0.0),
     ("boxed", "1", 0.0),

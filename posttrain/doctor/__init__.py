@@ -6,7 +6,7 @@
 from posttrain import environment, report
 from posttrain.doctor.findings import CORE, findings
 from posttrain.doctor.machine import Machine
-from posttrain.doctor.trial import trial
+from posttrain.doctor.trial import trial_run
 
 
 def run() -> int:
@@ -15,7 +15,7 @@ def run() -> int:
     machine = Machine.look()
     print(report.table("this machine", overview(machine)), flush=True)
     found = list(findings(machine))
-    rows, failures = trial()
+    rows, failures = trial_run()
     if rows:
         print(report.table("engine against trainer, a tiny random policy", rows))
     found += failures

@@ -72,8 +72,7 @@ def requirements(machine: Machine) -> Iterator[Finding]:
     for name in CORE:
         if name not in machine.packages:
             continue
-        for text in requires(name) or ():
-            wanted = Requirement(text)
+        for wanted in stated(name):
             other = normal(wanted.name)
             present = machine.packages.get(other)
             if present is None or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
@@ -223,15 +222,21 @@ def same_release(present: str | None, wanted: str) -> bool:
     >>> same_release("2.13.0", "2.13.0+cpu"), same_release("2.12.0", "2.13.0"), same_release(None, "1")
     (True, False, False)
     """
-    return bool(present and wanted) and Version(present).public == Version(wanted).public
+    if not present or not wanted:
+        return False
+    return Version(present).public == Version(wanted).public
 
 
 def fits(name: str, version: str, torch: str) -> bool:
     """Whether a companion of torch is of the same build, and made for this torch."""
-    if Version(version).local != Version(torch).local:
-        return False
+    same_build = Version(version).local == Version(torch).local
+    made_for = [wanted.specifier for wanted in stated(name) if wanted.name == "torch"]
+    return same_build and all(specifier.contains(torch) for specifier in made_for)
+
+
+def stated(name: str) -> list[Requirement]:
+    """What a package says that it wants; nothing where it is not installed."""
     try:
-        wanted = [Requirement(text) for text in requires(name) or ()]
+        return [Requirement(text) for text in requires(name) or ()]
     except PackageNotFoundError:
-        return True
-    return all(w.specifier.contains(torch) for w in wanted if w.name == "torch")
+        return []

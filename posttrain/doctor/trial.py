@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-def trial(tolerance: float = TOLERANCE) -> tuple[list[tuple[str, str]], list[Finding]]:
+def trial_run(tolerance: float = TOLERANCE) -> tuple[list[tuple[str, str]], list[Finding]]:
     """Rows that say what was compared, and what failed.
 
     Whatever is raised on the way becomes a finding: the rest of the report is wanted most then.

@@ -87,7 +87,11 @@ LESS = {
         "note",
         "MULTIPROCESSING",
     ),
-    "MLA by hand": (replace(SOUND, environ={"VLLM_MLA_DISABLE": "0"}), "note", "VLLM_MLA_DISABLE"),
+    "MLA by hand": (
+        replace(SOUND, environ={"VLLM_MLA_DISABLE": "0"}),
+        "note",
+        "MLA_DISABLE is set",
+    ),
     "few threads": (replace(SOUND, environ={"OMP_NUM_THREADS": "1"}), "slow", "OMP_NUM_THREADS=1"),
     "usage reports": (replace(SOUND, environ={"DO_NOT_TRACK": "0"}), "note", "DO_NOT_TRACK"),
     "old processor": (replace(SOUND, instructions=frozenset({"AVX2"})), "slow", "bfloat16"),

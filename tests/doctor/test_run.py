@@ -14,7 +14,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """This machine, its findings and the trial replaced: sound unless a test says otherwise."""
     machine = replace(Machine.look(), environ={})
     monkeypatch.setattr(doctor.Machine, "look", classmethod(lambda cls: machine))
-    monkeypatch.setattr(doctor, "trial", lambda: ([("as loaded", "1e-06 nats")], []))
+    monkeypatch.setattr(doctor, "trial_run", lambda: ([("as loaded", "1e-06 nats")], []))
     monkeypatch.setattr(doctor, "findings", lambda _: iter([Finding("slow", "no GPU")]))
     return machine
 
@@ -30,7 +30,9 @@ def test_sound(here: Machine, capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong(
     here: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "trial", lambda: ([], [Finding("wrong", "they differ", "look")]))
+    monkeypatch.setattr(
+        doctor, "trial_run", lambda: ([], [Finding("wrong", "they differ", "look")])
+    )
     assert doctor.run() == 1
     shown = capsys.readouterr().out
     assert shown.endswith("wrong\n  - they differ\n    remedy: look\n1 wrong\n")

@@ -139,7 +139,7 @@ def load(
 
     policy = _empty(config, attn_implementation)
     slots = _slots(policy)
-    for name in plan.fills:
+    for name in sorted(plan.fills, key=lambda name: shards.headers[name].file):
         slots[name].copy_(_read(shards, name, block, slots[name].dtype))
         if not all(extreme.isfinite() for extreme in slots[name].aminmax()):
             raise CheckpointError(
@@ -230,8 +230,6 @@ def _empty(config: DeepseekV3Config, attn_implementation: str | None) -> PolicyF
             policy = PolicyForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    for router in policy.model.routers:
-        router.e_score_correction_bias = router.e_score_correction_bias.float()
     policy.tie_weights()
     return policy
 

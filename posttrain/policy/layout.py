@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-BIAS = "mlp.gate.e_score_correction_bias"
 
 
 def layer_name(index: int) -> str:
@@ -123,7 +122,7 @@ def _whole(tensor: Tensor) -> Iterator[Tensor]:
 
 def _released(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     with _whole(tensor) as whole:
-        yield from split(name, whole.float() if name.endswith(BIAS) else whole)
+        yield from split(name, whole)
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

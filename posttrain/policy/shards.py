@@ -80,7 +80,7 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.headers: dict[str, Header] = {}
-        self._open: dict[Path, safe_open] = {}
+        self._file: Path | None = None
         promised: dict[str, str] = {}
         if (folder / INDEX).is_file():
             promised = _weight_map(folder / INDEX)
@@ -112,7 +112,6 @@ class Shards:
             raise CheckpointError(
                 f"{file}: truncated or damaged ({error}); fetch it again"
             ) from error
-        self._open[file] = shard
         for name, part in parts:
             if name in self.headers:
                 raise CheckpointError(
@@ -122,8 +121,14 @@ class Shards:
             self.headers[name] = Header(file, tuple(part.get_shape()), part.get_dtype())
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor as the file has it, mapped into memory rather than copied if possible."""
-        return self._open[self.headers[name].file].get_tensor(name)
+        """Return one tensor as its file has it, mapped into memory rather than copied if possible.
+
+        One file is open at a time, so that no more than one is mapped: read file by file.
+        """
+        file = self.headers[name].file
+        if file != self._file:
+            self._file, self._shard = file, safe_open(str(file), "pt")
+        return self._shard.get_tensor(name)
 
 
 class ShardWriter:

@@ -115,6 +115,15 @@ def test_biases_are_float32_in_a_bfloat16_policy() -> None:
     assert {stream[name].dtype for name in stream.keys() - biases} == {torch.bfloat16}
 
 
+def test_buffers_that_are_not_kept_are_not_sent() -> None:
+    policy = tiny_policy()
+    policy.model.layers[1].register_buffer("scratch", torch.ones(1), persistent=False)
+    policy.model.layers[1].register_buffer("kept", torch.ones(1))
+    names = [name for name, _ in named_tensors(policy)]
+    assert "model.layers.1.kept" in names
+    assert "model.layers.1.scratch" not in names
+
+
 def test_wrappers_do_not_show() -> None:
     plain = dict(named_tensors(tiny_policy()))
     wrapped = torch.nn.Module()

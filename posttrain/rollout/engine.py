@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import random
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +108,7 @@ class Engine:
         self.stop_token_ids = stop_token_ids
         self._owns_group = owns_group
         self._usable = True
+        self._kept: Counter[int] = Counter()  # tokens of a draft that were kept -> drafts
 
     @classmethod
     def start(
@@ -123,7 +126,8 @@ class Engine:
         check(model, config, environment.on_cpu())
         prepare(model)
         owns_group = not torch.distributed.is_initialized()
-        with untouched():
+        with untouched(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside vLLM and torch
             from vllm import LLM
 
             corrections.register()
@@ -137,6 +141,8 @@ class Engine:
         self,
         prompts: Sequence[list[int]],
         sampling: "Sequence[SamplingParams] | SamplingParams",
+        *,
+        count_drafts: bool = True,
     ) -> list[Completion]:
         """Complete each prompt (token ids); log-probs are those after temperature and top-p.
 
@@ -148,6 +154,10 @@ class Engine:
         if isinstance(sampling, SamplingParams):
             sampling = [sampling] * len(prompts)
         outputs = self._run(prompts, [self._request(s) for s in sampling])
+        if count_drafts:
+            for output in outputs:
+                if metrics := output.outputs[0].spec_decode_metrics:
+                    self._kept.update(dict(enumerate(metrics.histogram)))
         return [
             Completion(
                 list(output.outputs[0].token_ids),
@@ -178,14 +188,10 @@ class Engine:
         return report
 
     def draft_counts(self) -> DraftCounts:
-        """Return how many drafts were made and kept since the start."""
-        counts: dict[str, Any] = {"drafts": 0, "accepted": ()}
-        for metric in self.llm.get_metrics():
-            if metric.name == "vllm:spec_decode_num_drafts":
-                counts["drafts"] = metric.value
-            elif metric.name == "vllm:spec_decode_num_accepted_tokens_per_pos":
-                counts["accepted"] = tuple(metric.values)
-        return DraftCounts(counts["drafts"], counts["accepted"])
+        """Return how many drafts `generate` has made and kept since the start."""
+        depth = self.llm.llm_engine.vllm_config.num_speculative_tokens
+        longer = [sum(n for kept, n in self._kept.items() if kept > k) for k in range(depth)]
+        return DraftCounts(self._kept.total(), tuple(longer))
 
     def close(self) -> None:
         """Shut vLLM down and free its memory; another engine can then be started."""
@@ -216,10 +222,18 @@ class Engine:
     def _run(self, prompts: Sequence[list[int]], requests: list["SamplingParams"]) -> list[Any]:
         if not self._usable:
             raise SyncError("the engine holds no verified weights; remedy: sync them first")
+        engine = self.llm.llm_engine
         with untouched():
-            return self.llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts], requests, use_tqdm=False
-            )
+            try:
+                return self.llm.generate(
+                    [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                    requests,
+                    use_tqdm=False,
+                )
+            except BaseException:  # an interruption too must leave no request behind
+                left = list(engine.output_processor.request_states)
+                engine.abort_request(left, internal=True)
+                raise
 
 
 def check(model: dict[str, Any], config: RolloutSettings, on_cpu: bool) -> None:
@@ -273,8 +287,8 @@ def arguments(
         "max_num_seqs": config.max_num_seqs,
         "seed": config.seed,
         "generation_config": "vllm",
+        "use_tqdm_on_load": False,
         "logprobs_mode": "processed_logprobs",
-        "disable_log_stats": False,
         "worker_extension_cls": EXTENSION,
     }
     if config.num_speculative_tokens > 0:
@@ -282,6 +296,7 @@ def arguments(
             "method": "mtp",
             "num_speculative_tokens": config.num_speculative_tokens,
         }
+        found["per_request_spec_decode_metrics"] = "summary"
     if environment.on_cpu():
         found["enforce_eager"] = True
         found["kv_cache_memory_bytes"] = int(config.kv_cache_memory_gib * 2**30)

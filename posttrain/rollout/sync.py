@@ -61,18 +61,21 @@ class Link:
         than sent; the engine must not be used then until a sync has passed.
         """
         start = time.perf_counter()
+        stream = iter(named_tensors)
         self.sent = {}
         sums: list[tuple[str, Tensor]] = []
         unused: list[str] = []
         parameters = 0
         self._call("policy_load_begin")
         try:
-            for layer in self._by_layer(named_tensors, unused):
+            for layer in self._by_layer(stream, unused):
                 sums.extend((name, checksum(tensor)) for name, tensor in layer)
                 parameters += sum(tensor.numel() for _, tensor in layer)
                 self._call("policy_load", layer)
         finally:
             self._call("policy_load_end")
+            for _ in stream:  # after a failure the other processes still gather: do not leave them
+                pass
         self.sent = dict(zip((n for n, _ in sums), _values([s for _, s in sums]), strict=True))
         self._complete(sums)
         loaded = time.perf_counter()
@@ -99,12 +102,12 @@ class Link:
             )
 
     def _by_layer(
-        self, named_tensors: Iterable[tuple[str, Tensor]], unused: list[str]
+        self, stream: Iterator[tuple[str, Tensor]], unused: list[str]
     ) -> Iterator[list[tuple[str, Tensor]]]:
         """Group the stream by layer; yields each group's tensors in the engine's types."""
         group: list[tuple[str, Tensor]] = []
         current: str | None = None
-        for name, tensor in named_tensors:
+        for name, tensor in stream:
             place = LAYER.match(name)
             if name not in self.layout and place and int(place[1]) >= self.trunk_layers:
                 unused.append(name)

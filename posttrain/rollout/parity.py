@@ -1,0 +1,295 @@
+"""The gate between engine and trainer: the same tokens, scored on both sides, must agree.
+
+Random prompts are added until they reach every expert of every layer in the trainer. The engine continues
+them (decode) and scores the whole sequences again (prefill); the trainer scores them in one forward
+pass. When log-probs differ by more than the tolerance, hidden states of both sides are compared layer
+by layer, to name where it starts.
+"""
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.rollout.engine import Engine, request_seed
+from posttrain.rollout.sync import SyncError
+
+TEMPERATURES = (1.0, 2.0)
+"""Prompts are continued at these in turn: both are right only if temperatures reach every token."""
+
+
+class ParityError(RuntimeError):
+    """Engine and trainer compute different log-probs for the same tokens."""
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Differences of log-probs in nats. experts_missed: (layer, expert) pairs without a token."""
+
+    max_abs_logprob_diff: float
+    mean_abs_logprob_diff: float
+    prefill_max: float
+    decode_max: float
+    tokens: int
+    experts_missed: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where hidden states part: max |engine - trainer| at a layer, beside the state's rms."""
+
+    layer: str
+    size: float
+    rms: float
+
+
+class Gate:
+    """Compares an engine with a policy; keeps its prompts from one check to the next.
+
+    tolerance: largest allowed |difference| of a log-prob, nats. prompts: how many to start with,
+    each of `tokens` tokens and continued by as many. At most `limit` prompts are tried to reach
+    every expert; what they miss is reported.
+    """
+
+    def __init__(
+        self,
+        tolerance: float,
+        *,
+        prompts: int = 4,
+        tokens: int = 24,
+        seed: int = 0,
+        limit: int = 64,
+    ) -> None:
+        self.tolerance = tolerance
+        self.count = prompts
+        self.tokens = tokens
+        self.seed = seed
+        self.limit = limit
+        self.prompts: list[list[int]] = []
+        self._unreached = 0
+
+    def check(self, engine: Engine, policy: Any) -> ParityReport:
+        """Compare both sides; every process that holds a part of the policy must take part.
+
+        policy: a causal model with transformers' DeepSeek-V3 forward. It runs in eval mode and is
+        left as it was. Raises ParityError naming the first layer that differs.
+        """
+        start = time.perf_counter()
+        with evaluating(policy):
+            if not self.prompts:
+                self._find_prompts(policy)
+            decoded = _continued(engine, self.prompts, self.tokens, self.seed)
+            sequences = [p + c for p, (c, _) in zip(self.prompts, decoded, strict=True)]
+            prefilled = engine.score(sequences)
+            logits, missed = _forward(policy, sequences)
+            if missed > self._unreached:  # the router has moved: look again at the next check
+                self.prompts = []
+        prefill, decode = _differences(logits, sequences, prefilled, [d[1] for d in decoded])
+        worst = max(prefill.max().item(), decode.max().item())
+        if not worst <= self.tolerance:
+            in_decode = decode.max().item() > max(self.tolerance, 2 * prefill.max().item())
+            side = decode if in_decode else prefill
+            row = int(side.max(dim=1).values.argmax())
+            raise ParityError(self._message(engine, policy, sequences[row], prefill, decode, row))
+        return ParityReport(
+            max_abs_logprob_diff=worst,
+            mean_abs_logprob_diff=torch.cat((prefill, decode), dim=1).mean().item(),
+            prefill_max=prefill.max().item(),
+            decode_max=decode.max().item(),
+            tokens=prefill.numel() + decode.numel(),
+            experts_missed=missed,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _find_prompts(self, policy: Any) -> None:
+        """Add random prompts until every expert of every layer has a token, or the limit."""
+        source = random.Random(self.seed)
+        vocabulary = range(policy.config.vocab_size)
+        while True:
+            for _ in range(self.count):
+                self.prompts.append(source.choices(vocabulary, k=self.tokens))
+            _, self._unreached = _forward(policy, self.prompts)
+            if not self._unreached or len(self.prompts) + self.count > self.limit:
+                return
+
+    def _message(
+        self,
+        engine: Engine,
+        policy: Any,
+        sequence: list[int],
+        prefill: Tensor,
+        decode: Tensor,
+        row: int,
+    ) -> str:
+        where = first_difference(
+            engine, policy, sequence, self.tokens, self.tolerance, seed=self.seed, row=row
+        )
+        place = (
+            "hidden states agree up to the last layer: the final norm or lm_head differs"
+            if where is None
+            else f"hidden states differ from {where.layer} on, there by {where.size:.3g} "
+            f"(rms of the state {where.rms:.3g})"
+        )
+        remedy = "sync the weights before the check; if it happens again run `posttrain doctor`"
+        if str(engine.llm.llm_engine.model_config.dtype) != "torch.float32":
+            remedy = "in half precision expert choices flip: raise parity.tolerance, or use float32"
+        try:
+            if engine.link.sent:
+                engine.link.verify()
+        except SyncError as error:
+            remedy = str(error)
+        return (
+            f"engine and trainer differ by {max(prefill.max().item(), decode.max().item()):.3g} nats "
+            f"(prefill {prefill.max().item():.3g}, decode {decode.max().item():.3g}, mean "
+            f"{torch.cat((prefill, decode), dim=1).mean().item():.3g}), tolerance "
+            f"{self.tolerance:.3g}; {place}; remedy: {remedy}"
+        )
+
+
+def check(
+    engine: Engine, policy: Any, *, tolerance: float, prompts: int = 4, tokens: int = 24, seed: int = 0
+) -> ParityReport:
+    """Compare engine and policy once; see `Gate`."""
+    return Gate(tolerance, prompts=prompts, tokens=tokens, seed=seed).check(engine, policy)
+
+
+def first_difference(
+    engine: Engine,
+    policy: Any,
+    sequence: list[int],
+    prompt_tokens: int,
+    tolerance: float,
+    *,
+    seed: int = 0,
+    row: int = 0,
+) -> Difference | None:
+    """Return the first layer whose hidden state differs by more than tolerance * max(1, rms).
+
+    Compares the engine's prefill of `sequence`, then its decode of the prompt alone.
+    """
+    prompt = sequence[:prompt_tokens]
+    for decoding in (False, True):
+        engine.llm.reset_prefix_cache()
+        engine.llm.collective_rpc("policy_capture_begin")
+        try:
+            if decoding:
+                request = _request(seed, row, len(sequence) - prompt_tokens)
+                sequence = prompt + engine.generate([prompt], request, count_drafts=False)[0].token_ids
+            else:
+                engine.score([sequence])
+        finally:
+            held = engine.llm.collective_rpc("policy_capture_end")[0]
+        with evaluating(policy), captured(policy) as states:
+            _forward(policy, [sequence])
+        for layer, state_SD in states.items():
+            positions = sorted(p for p in held[layer] if p < len(sequence) - 1)
+            engine_SD = torch.stack([held[layer][p] for p in positions])
+            size = (engine_SD - state_SD[positions]).abs().max().item()
+            rms = state_SD[positions].square().mean().sqrt().item()
+            if not size <= tolerance * max(1.0, rms):
+                return Difference(layer, size, rms)
+    return None
+
+
+@contextlib.contextmanager
+def evaluating(policy: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; each module gets its own mode back."""
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def captured(policy: Any) -> Iterator[dict[str, Tensor]]:
+    """Record the first sequence's hidden states [positions, width] by the engine's layer names."""
+    states: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            states[name] = hidden[0].detach().float().cpu()
+
+        return record
+
+    hooks = [policy.model.embed_tokens.register_forward_hook(keep("embed_tokens"))]
+    for index, layer in enumerate(_trunk(policy)):
+        hooks.append(layer.register_forward_hook(keep(f"layers.{index}")))
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _trunk(policy: Any) -> Any:
+    return policy.model.layers[: policy.config.num_hidden_layers]
+
+
+def _forward(policy: Any, sequences: list[list[int]]) -> tuple[Tensor, int]:
+    """Return logits [B, S, V] in float32 of sequences of one length, and the experts missed."""
+    reached: list[Tensor] = []
+
+    def count(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        experts = policy.config.n_routed_experts
+        reached.append(torch.bincount(output[2].flatten(), minlength=experts) > 0)
+
+    routers = [layer.mlp.gate for layer in _trunk(policy) if hasattr(layer.mlp, "gate")]
+    hooks = [router.register_forward_hook(count) for router in routers]
+    try:
+        ids = torch.tensor(sequences, device=policy.device)
+        logits = policy(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+        ).logits.float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, sum(int((~hit).sum()) for hit in reached)
+
+
+def _request(seed: int, row: int, tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=tokens,
+        temperature=TEMPERATURES[row % len(TEMPERATURES)],
+        seed=request_seed(seed, 0, row, 0),
+        ignore_eos=True,
+    )
+
+
+def _continued(
+    engine: Engine, prompts: list[list[int]], tokens: int, seed: int
+) -> list[tuple[list[int], list[float]]]:
+    requests = [_request(seed, row, tokens) for row in range(len(prompts))]
+    completions = engine.generate(prompts, requests, count_drafts=False)
+    return [(c.token_ids, c.logprobs) for c in completions]
+
+
+def _differences(
+    logits: Tensor,
+    sequences: list[list[int]],
+    prefilled: list[list[float]],
+    decoded: list[list[float]],
+) -> tuple[Tensor, Tensor]:
+    """Return |engine - trainer| of the log-probs: prefill [B, S-1] and decode [B, tokens]."""
+    targets_BS1 = torch.tensor(sequences, device=logits.device)[:, 1:, None]
+    logits = logits[:, :-1]
+    plain = logits.log_softmax(-1).gather(-1, targets_BS1).squeeze(-1).cpu()
+    prefill = (torch.tensor(prefilled) - plain).abs()
+    heat = torch.tensor(TEMPERATURES, device=logits.device)
+    heat_B = heat[torch.arange(len(sequences)) % len(TEMPERATURES)]
+    heated = (logits / heat_B[:, None, None]).log_softmax(-1).gather(-1, targets_BS1)
+    tokens = len(decoded[0])
+    decode = (torch.tensor(decoded) - heated.squeeze(-1).cpu()[:, -tokens:]).abs()
+    return prefill, decode

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from posttrain.policy.balance import (
     biased,
@@ -98,6 +101,22 @@ def test_a_rate_of_zero_measures_only() -> None:
 
 def test_a_policy_without_experts_has_nothing_to_update() -> None:
     assert update_biases([], 0.001, alone) == []
+
+
+def test_sharded_routers_that_saw_nothing_are_updated_too(tmp_path: Path) -> None:
+    """Under FSDP2 weights are shards between steps; one router counted, the other did not."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        routers = [make_router(), make_router()]
+        for router in routers:
+            fully_shard(router, mesh=init_device_mesh("cpu", (1,)))
+        routers[0].load_E = torch.tensor([8, 0, 4, 4])
+        assert update_biases(routers, 0.5, alone) == [1.0, 0.0]
+        assert routers[0].e_score_correction_bias.tolist() == [-0.5, 0.5, 0.0, 0.0]
+        assert routers[1].e_score_correction_bias.tolist() == [0.0] * 4
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_repeated_updates_balance_a_skewed_router() -> None:

@@ -100,8 +100,14 @@ class PolicyModel(DeepseekV3Model):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        """Run the trunk, and in training the MTP modules and the counts.
+
+        padding_mask (B, S): 0 on the padding of packed rows. Those have no attention_mask:
+        transformers tells documents apart by their positions only without one.
+        """
         request, self.mtp_request = self.mtp_request, None
         if input_ids is None or kwargs.get("past_key_values") is not None:
             return super().forward(
@@ -113,9 +119,9 @@ class PolicyModel(DeepseekV3Model):
         if position_ids is None:
             position_ids = positions(input_ids, attention_mask)
         position_ids = position_ids.expand(input_ids.shape[0], -1)
-        mask_BS = (
-            attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        )
+        mask_BS = attention_mask if padding_mask is None else padding_mask
+        if mask_BS is not None and mask_BS.ndim != 2:
+            mask_BS = None
         document_BS = documents(position_ids, mask_BS)
         counted_T = None if mask_BS is None else mask_BS.flatten().bool()
         training = self.training and torch.is_grad_enabled()

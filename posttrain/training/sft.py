@@ -12,6 +12,7 @@ from posttrain import tasks
 from posttrain.evaluate import Evaluation, evaluate_checkpoint
 from posttrain.recipe import Recipe
 from posttrain.training.config import PolicySFTConfig
+from posttrain.training.packing import PackedRows
 from posttrain.training.policy_trainer import PolicyTrainer
 from posttrain.training.stage import Stage
 
@@ -25,7 +26,11 @@ class PolicySFTTrainer(PolicyTrainer, SFTTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         self._nll_sum, self._nll_tokens = 0.0, 0
+        self.tokens = 0
         super().__init__(**kwargs)
+        flash = "flash" in self.policy.config._attn_implementation
+        if self.args.packing and self.padding_free and not flash:
+            self.data_collator = PackedRows(self.processing_class.pad_token_id)
 
     def compute_loss(
         self,
@@ -49,6 +54,9 @@ class PolicySFTTrainer(PolicyTrainer, SFTTrainer):
             items = tokens if num_items_in_batch is None else float(num_items_in_batch)
             self._nll_sum += loss.item() * items / scale
             self._nll_tokens += tokens
+            mask = inputs.get("attention_mask", inputs.get("padding_mask"))
+            self.tokens += int(labels_BS.numel() if mask is None else mask.sum())
+            self._metrics["train"]["num_tokens"] = [self.tokens * self.accelerator.num_processes]
         loss = self.add_extras(
             loss, scale=scale, accumulation=self.current_gradient_accumulation_steps
         )
@@ -85,7 +93,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "train": {
             "seconds": train_seconds,
-            "tokens_per_second": trainer._total_train_tokens / train_seconds,
+            "tokens_per_second": trainer.tokens / train_seconds,
         },
         "moe": {"max_violation": stage.last_metric("moe/max_violation")},
         "perplexity": stage.last_metric("perplexity"),

@@ -107,7 +107,12 @@ class Stage:
     def config(self, cls: type[Config], fields: dict[str, Any]) -> Config:
         """Make the trainer's configuration: the recipe's fields over the stage's defaults."""
         bf16 = self.recipe.policy.dtype == "bfloat16"
-        defaults = {"bf16": bf16, "report_to": ["tensorboard"], "logging_steps": 1}
+        defaults = {
+            "bf16": bf16,
+            "report_to": ["tensorboard"],
+            "logging_steps": 1,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        }
         fixed = {"output_dir": str(self.folder / "steps"), "seed": self.recipe.seed}
         return cls(**(defaults | fields | fixed))
 

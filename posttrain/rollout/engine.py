@@ -93,7 +93,7 @@ def request_seed(run_seed: int, step: int, prompt_index: int, sample_index: int)
     The first 63 bits of the BLAKE2b hash of the four numbers.
 
     >>> request_seed(42, 0, 0, 0)
-    1
+    347772239599717967
     """
     key = f"{run_seed},{step},{prompt_index},{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
@@ -328,15 +328,18 @@ def untouched() -> Iterator[None]:
     """Keep what vLLM would change in the trainer's process.
 
     Random states of python, numpy and torch; the environment, except for vLLM's own variables;
-    `torch.set_num_threads`, which vLLM replaces by a function that does nothing.
+    `torch.set_num_threads`, which vLLM replaces by a function that does nothing; and where memory
+    comes from: vLLM would bind all of the process to one NUMA node.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     variables = dict(os.environ)
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    torch.ops._C.init_cpu_memory_env = lambda nodes: None
     try:
         yield
     finally:
+        del torch.ops._C.init_cpu_memory_env
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])

@@ -42,11 +42,14 @@ class ParityReport:
 
 @dataclass(frozen=True)
 class Difference:
-    """Where hidden states part: max |engine - trainer| at a layer, beside the state's rms."""
+    """Where hidden states part: max |engine - trainer| at a layer, beside the state's rms.
 
-    layer: str
-    size: float
-    rms: float
+    No layer: the engine runs compiled and shows none.
+    """
+
+    layer: str | None
+    size: float = float("nan")
+    rms: float = float("nan")
 
 
 class Gate:
@@ -130,12 +133,15 @@ class Gate:
         where = first_difference(
             engine, policy, sequence, self.tokens, self.tolerance, seed=self.seed, row=row
         )
-        place = (
-            "hidden states agree up to the last layer: the final norm or lm_head differs"
-            if where is None
-            else f"hidden states differ from {where.layer} on, there by {where.size:.3g} "
-            f"(rms of the state {where.rms:.3g})"
-        )
+        if where is None:
+            place = "hidden states agree up to the last layer: the final norm or lm_head differs"
+        elif where.layer is None:
+            place = "hidden states cannot be compared: the engine runs compiled"
+        else:
+            place = (
+                f"hidden states differ from {where.layer} on, there by {where.size:.3g} "
+                f"(rms of the state {where.rms:.3g})"
+            )
         remedy = "sync the weights before the check; if it happens again run `posttrain doctor`"
         if str(engine.llm.llm_engine.model_config.dtype) != "torch.float32":
             remedy = "in half precision expert choices flip: raise parity.tolerance, or use float32"
@@ -153,7 +159,13 @@ class Gate:
 
 
 def check(
-    engine: Engine, policy: Any, *, tolerance: float, prompts: int = 4, tokens: int = 24, seed: int = 0
+    engine: Engine,
+    policy: Any,
+    *,
+    tolerance: float,
+    prompts: int = 4,
+    tokens: int = 24,
+    seed: int = 0,
 ) -> ParityReport:
     """Compare engine and policy once; see `Gate`."""
     return Gate(tolerance, prompts=prompts, tokens=tokens, seed=seed).check(engine, policy)
@@ -180,11 +192,15 @@ def first_difference(
         try:
             if decoding:
                 request = _request(seed, row, len(sequence) - prompt_tokens)
-                sequence = prompt + engine.generate([prompt], request, count_drafts=False)[0].token_ids
+                sequence = (
+                    prompt + engine.generate([prompt], request, count_drafts=False)[0].token_ids
+                )
             else:
                 engine.score([sequence])
         finally:
             held = engine.llm.collective_rpc("policy_capture_end")[0]
+        if not held:
+            return Difference(None)
         with evaluating(policy), captured(policy) as states:
             _forward(policy, [sequence])
         for layer, state_SD in states.items():

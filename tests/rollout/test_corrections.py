@@ -95,7 +95,9 @@ def test_without_its_correction_a_sync_leaves_wrong_experts(
 def test_sampling_values_reach_every_drafted_token(dtype: torch.dtype) -> None:
     from vllm.v1.sample import rejection_sampler
 
-    values = torch.tensor([3, 0, 5]).to(dtype) if dtype == torch.int32 else torch.tensor([0.7, 0, 2])
+    values = (
+        torch.tensor([3, 0, 5]).to(dtype) if dtype == torch.int32 else torch.tensor([0.7, 0, 2])
+    )
     ends = torch.tensor([2, 3, 3], dtype=torch.int32)  # the third request has no draft
     expand = rejection_sampler.expand_batch_to_tokens
     expected = torch.stack((values[0], values[0], torch.ones((), dtype=dtype)))

@@ -1,5 +1,6 @@
 """Drafting: the module drafts what it should, and drafting leaves the distribution alone."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def test_the_drafters_logits_are_the_mtp_modules(
         place += 1 + int(distances.argmin())
         places.append(place)
         assert distances.min() < 1e-4  # float32 on both sides
-    steps = {b - a for a, b in zip(places, places[1:], strict=False)}
+    steps = {b - a for a, b in itertools.pairwise(places)}
     assert places[0] == len(prompt) - 1
     assert steps == {1, 2}  # rejected and accepted drafts, both in the engine's cache rightly
 
@@ -130,7 +131,7 @@ def test_drafting_leaves_the_distribution_alone(
     before = engine.draft_counts()
     drafted, plain = sampled(engine, prompt, 0, 3000), sampled(plain_engine, prompt, 1, 3000)
     kept = (engine.draft_counts() - before).accepted_per_position[0]
-    assert kept > 300  # both ways of a draft are exercised
+    assert 150 < kept < 9000 - 150  # both ways of a draft are exercised
     for position in range(4):
         assert chi_square_p(drafted[:, position], plain[:, position]) > 1e-3, position
     for position in range(3):  # and what follows on what

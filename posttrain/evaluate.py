@@ -6,13 +6,15 @@ from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import AutoTokenizer, DeepseekV3Config, PreTrainedTokenizerBase
 from vllm import SamplingParams
 
 import rewards
 from posttrain import tasks
 from posttrain.recipe import Recipe
-from posttrain.rollout.engine import Engine, request_seed
+from posttrain.rollout.engine import Completion, DraftCounts, Engine, request_seed
 
 # Prompts on which drafting is measured at temperature 1.
 SAMPLED_PROMPTS = 64
@@ -47,6 +49,7 @@ class Evaluation:
 def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Evaluation:
     """Score the held-out set with a running engine, by the recipe's first reward.
 
+    Every process must call it: each scores its share on its own engine, all get the whole result.
     Raises TaskError if the data set is smaller than `eval.count`.
     """
     section = recipe.eval
@@ -56,55 +59,77 @@ def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, recipe: Recipe)
             f"eval.count: at most the rows of data.eval ({len(rows)}), got {section.count}; "
             "lower eval.count or give the source more rows"
         )
-    rows = rows.select(range(section.count))
+    state = PartialState()
+    mine = list(range(section.count))[state.process_index :: state.num_processes]
+    rows = rows.select(mine)
     prompts = [
         tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False)
         for p in rows["prompt"]
     ]
-    sampling = [
-        SamplingParams(
-            temperature=section.temperature,
-            max_tokens=section.max_tokens,
-            seed=request_seed(recipe.seed, 0, i, 0),
-            logprobs=0,
-        )
-        for i in range(len(prompts))
-    ]
-    before = engine.draft_counts()
-    started = time.perf_counter()
-    completions = engine.generate(prompts, sampling)
-    seconds = time.perf_counter() - started
-    greedy = engine.draft_counts() - before
-    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+    greedy, drafted, seconds = _generated(engine, prompts, mine, recipe, section.temperature)
+    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in greedy]
     first = recipe.rewards[0]
     scores = rewards.load(first.name, **first.options)(
         completions=[[{"role": "assistant", "content": text}] for text in texts],
         prompts=rows["prompt"],
-        completion_ids=[c.token_ids for c in completions],
+        completion_ids=[c.token_ids for c in greedy],
         **{name: rows[name] for name in rows.column_names if name not in ("prompt", "completion")},
     )
-    lengths = [len(c.token_ids) for c in completions]
-    result = Evaluation(
-        accuracy=sum(score == 1.0 for score in scores) / len(scores),
-        count=len(scores),
-        mean_length=sum(lengths) / len(lengths),
-        truncated=sum(c.finish_reason == "length" for c in completions) / len(lengths),
-        tokens_per_second=sum(lengths) / seconds,
-    )
-    if not greedy.drafts:
-        return result
-    before = engine.draft_counts()
-    engine.generate(
-        prompts[:SAMPLED_PROMPTS],
+    sampled = DraftCounts(0, (0,))
+    if drafted.drafts:
+        share = slice(max(1, SAMPLED_PROMPTS // state.num_processes))
+        _, sampled, _ = _generated(engine, prompts[share], mine[share], recipe, 1.0)
+    parts = gather_object(
         [
-            SamplingParams(temperature=1.0, max_tokens=s.max_tokens, seed=s.seed, logprobs=0)
-            for s in sampling[:SAMPLED_PROMPTS]
-        ],
+            {
+                "right": sum(score == 1.0 for score in scores),
+                "tokens": sum(len(c.token_ids) for c in greedy),
+                "truncated": sum(c.finish_reason == "length" for c in greedy),
+                "drafted": drafted.drafts,
+                "kept": sum(drafted.accepted_per_position[:1]),
+                "drafted_sampled": sampled.drafts,
+                "kept_sampled": sum(sampled.accepted_per_position[:1]),
+                "rate": sum(len(c.token_ids) for c in greedy) / seconds,
+            }
+        ]
     )
-    sampled = engine.draft_counts() - before
-    return replace_fields(
-        result, acceptance_greedy=greedy.acceptance, acceptance=sampled.acceptance
+    total = {name: sum(part[name] for part in parts) for name in parts[0]}
+    return Evaluation(
+        accuracy=total["right"] / section.count,
+        count=section.count,
+        mean_length=total["tokens"] / section.count,
+        truncated=total["truncated"] / section.count,
+        tokens_per_second=total["rate"],
+        acceptance_greedy=_ratio(total["kept"], total["drafted"]),
+        acceptance=_ratio(total["kept_sampled"], total["drafted_sampled"]),
     )
+
+
+def _generated(
+    engine: Engine,
+    prompts: list[list[int]],
+    indices: list[int],
+    recipe: Recipe,
+    temperature: float,
+) -> tuple[list[Completion], DraftCounts, float]:
+    """Complete the prompts; return completions, the drafts they took, and seconds."""
+    sampling = [
+        SamplingParams(
+            temperature=temperature,
+            max_tokens=recipe.eval.max_tokens,
+            seed=request_seed(recipe.seed, 0, index, 0),
+            logprobs=0,
+        )
+        for index in indices
+    ]
+    before, started = engine.draft_counts(), time.perf_counter()
+    completions = engine.generate(prompts, sampling)
+    seconds = time.perf_counter() - started
+    return completions, engine.draft_counts() - before, seconds
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def evaluate_checkpoint(path: Path, recipe: Recipe) -> Evaluation:

@@ -2,7 +2,7 @@
 
 A problem is a chain of `operations` additions, subtractions and products of small numbers, such as
 `7 + 9 - 3 * 5`. Products come first, as usual; the running total, read from left to right, stays between 0
-and 30. The solution works down the chain, one operation a line:
+and 20. The solution works down the chain, one operation a line:
 
     What is 7 + 9 - 3 * 5?
 
@@ -25,13 +25,13 @@ from collections.abc import Iterator
 Term = tuple[int, ...]  # (n,) is a number, (a, b) is the product a * b
 Chain = list[tuple[str, Term]]  # each term with the sign before it; the first sign is "+"
 
-OPERATIONS = range(2, 7)
-LARGEST_TOTAL = 30
+OPERATIONS = range(2, 6)
+LARGEST_TOTAL = 20
 LARGEST_ADDEND = 9
 FACTORS = range(2, 6)
 
-SHORT = 4  # up to this many operations a row of `sft` always shows the working
-WORKED_SHARE = 0.3  # of the longer ones
+SHORT = 3  # up to this many operations a row of `sft` always shows the working
+WORKED_SHARE = 0.4  # of the longer ones
 
 PHRASINGS = (
     "What is {}?",
@@ -129,7 +129,7 @@ def solve(chain: Chain) -> tuple[list[str], int]:
 
 
 def draw_chain(rng: random.Random, operations: int) -> Chain:
-    """Draw a chain with this many operations whose running total never leaves 0..30."""
+    """Draw a chain with this many operations whose running total never leaves 0..20."""
     while True:
         products = rng.randint(0, (operations + 1) // 2)
         kinds = [True] * products + [False] * (operations + 1 - 2 * products)

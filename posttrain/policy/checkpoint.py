@@ -22,7 +22,7 @@ from posttrain.policy.model import PolicyForCausalLM
 from posttrain.policy.mtp_start import start_missing
 from posttrain.policy.shards import FP8, CheckpointError, Shards, ShardWriter
 
-__all__ = ["CheckpointError", "load", "named_tensors", "save"]
+__all__ = ["CheckpointError", "load", "local_folder", "named_tensors", "save"]
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def load(
     Raises CheckpointError for whatever is missing, unexpected, of the wrong shape or type, damaged
     or foreign, before any weight is read; and for NaN or infinity, while reading.
     """
-    folder = _folder(source)
+    folder = local_folder(source)
     config, raw, block = configuration.read(folder)
     shards = Shards(folder)
     found = manifest.depth_in(shards, config.num_hidden_layers)
@@ -164,7 +164,7 @@ def load(
     return policy.eval()
 
 
-def _folder(source: str | Path) -> Path:
+def local_folder(source: str | Path) -> Path:
     """Return a local folder as it is; fetch a hub repository's weights and configuration."""
     folder = Path(source)
     if folder.is_dir():

@@ -211,15 +211,17 @@ class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
 def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     """Train from the SFT checkpoint or `policy.path`, evaluate before and after; the summary."""
     stage = Stage.start(recipe, "grpo", resume)
-    source = recipe.run_dir("sft") / "checkpoint" if recipe.sft else recipe.policy.path
+    source = checkpoint.local_folder(
+        recipe.run_dir("sft") / "checkpoint" if recipe.sft else recipe.policy.path
+    )
     dataset = tasks.load(recipe.data.train)
     reward_functions = [rewards.load(r.name, **r.options) for r in recipe.rewards]
     policy = stage.policy(source)
-    engine = Engine.start(Path(stage.resume_from or source), recipe.rollout)
+    engine = Engine.start(source, recipe.rollout)  # a resumed run syncs before it generates
     section = recipe.parity
     gate = Gate(section.tolerance, prompts=section.prompts, tokens=section.tokens, seed=recipe.seed)
     before = None
-    if recipe.data.eval is not None and stage.is_main:
+    if recipe.data.eval is not None:
         before = evaluate(engine, stage.tokenizer, recipe)
     fields = recipe.grpo | {"reward_weights": [r.weight for r in recipe.rewards]}
     trainer = PolicyGRPOTrainer(

@@ -101,7 +101,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     del trainer, policy
     torch.cuda.empty_cache() if torch.cuda.is_available() else None
     after: Evaluation | None = None
-    if stage.is_main and recipe.data.eval is not None:
+    if recipe.data.eval is not None:
         after = evaluate_checkpoint(stage.checkpoint, recipe)
         summary["eval"] = {"after": after.as_dict(), "count": after.count}
         summary["rollout"] = {"tokens_per_second": after.tokens_per_second}

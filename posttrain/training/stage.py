@@ -19,6 +19,19 @@ from posttrain.training.policy_trainer import last_step_checkpoint, write_json
 
 Config = TypeVar("Config")
 
+SUMMARY_KEYS = (
+    "steps",
+    "eval.before.accuracy",
+    "eval.after.accuracy",
+    "eval.count",
+    "parity.max_abs_logprob_diff",
+    "rollout.tokens_per_second",
+    "train.tokens_per_second",
+    "mtp.acceptance",
+    "moe.max_violation",
+)
+"""What every `summary.json` has; null where a stage does not measure it."""
+
 
 @dataclass
 class Stage:
@@ -146,7 +159,24 @@ class Stage:
             **peak_memory_gib(),
             **content,
         }
+        fill(summary, SUMMARY_KEYS)
         if self.is_main:
             write_json(self.folder / "summary.json", summary)
         PartialState().wait_for_everyone()
         return summary
+
+
+def fill(summary: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Add each dotted key that is missing, as None.
+
+    >>> found = {"eval": {"count": 5}}
+    >>> fill(found, ("eval.count", "eval.before.accuracy"))
+    >>> found
+    {'eval': {'count': 5, 'before': {'accuracy': None}}}
+    """
+    for key in keys:
+        *groups, name = key.split(".")
+        place = summary
+        for group in groups:
+            place = place.setdefault(group, {})
+        place.setdefault(name, None)

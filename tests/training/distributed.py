@@ -1,6 +1,6 @@
 """Two optimizer steps of SFT or GRPO, on as many processes as it is launched with.
 
-    accelerate launch --cpu --num_processes 2 distributed.py sft OUT 4
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 distributed.py sft OUT 4
 
 trains on 8 documents (or completions) a step, 4 in each process, and leaves in OUT/<rank>.pt the
 weights, and the load that this process counted in each step.

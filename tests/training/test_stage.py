@@ -130,6 +130,7 @@ print(sft.run(recipe_of(Path(sys.argv[1]), max_steps=100_000, save_steps=100_000
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_leaves_a_whole_step_and_resumes(tmp_path: Path, number: int) -> None:
     """The running step ends, a whole checkpoint is written, and a resumption goes on from it."""
@@ -144,10 +145,10 @@ def test_a_stopped_run_leaves_a_whole_step_and_resumes(tmp_path: Path, number: i
     started = time.monotonic()
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
         assert process.poll() is None, "the run ended by itself"
-        assert time.monotonic() - started < 240
+        assert time.monotonic() - started < 900
         time.sleep(0.05)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     assert output.splitlines()[-1] == "interrupted"
     folder = tmp_path / "tiny" / "sft"

@@ -13,7 +13,7 @@ from vllm import SamplingParams
 
 import rewards
 from posttrain import tasks
-from posttrain.recipe import Recipe
+from posttrain.recipe import Recipe, RecipeError
 from posttrain.rollout.engine import Completion, DraftCounts, Engine, request_seed
 
 # Prompts on which drafting is measured at temperature 1.
@@ -50,9 +50,11 @@ def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, recipe: Recipe)
     """Score the held-out set with a running engine, by the recipe's first reward.
 
     Every process must call it: each scores its share on its own engine, all get the whole result.
-    Raises TaskError if the data set is smaller than `eval.count`.
+    Raises RecipeError without held-out data or rewards, TaskError if the data set is smaller than `eval.count`.
     """
     section = recipe.eval
+    if recipe.data.eval is None or not recipe.rewards:
+        raise RecipeError(f"{recipe.name}: evaluation needs data.eval and rewards; add both")
     rows = tasks.load(recipe.data.eval)
     if len(rows) < section.count:
         raise tasks.TaskError(

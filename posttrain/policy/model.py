@@ -95,7 +95,7 @@ class PolicyModel(DeepseekV3Model):
         """The D MTP modules, nearest depth first."""
         return list(self.layers[self.config.num_hidden_layers :])
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

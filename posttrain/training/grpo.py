@@ -29,7 +29,7 @@ import rewards
 from posttrain import tasks
 from posttrain.evaluate import evaluate, evaluate_checkpoint
 from posttrain.policy import checkpoint
-from posttrain.recipe import Recipe
+from posttrain.recipe import Recipe, RecipeError
 from posttrain.rollout.engine import Engine, request_seed
 from posttrain.rollout.parity import Gate
 from posttrain.training.config import PolicyGRPOConfig
@@ -210,10 +210,14 @@ class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
 
 def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     """Train from the SFT checkpoint or `policy.path`, evaluate before and after; the summary."""
+    source = recipe.run_dir("sft") / "checkpoint" if recipe.sft else recipe.policy.path
+    if recipe.grpo is None or recipe.data.train is None or source is None:
+        raise RecipeError(
+            f"{recipe.name}: GRPO needs the sections grpo and data.train, and a policy to start "
+            "from (an sft section, or policy.path); add what is missing"
+        )
     stage = Stage.start(recipe, "grpo", resume)
-    source = checkpoint.local_folder(
-        recipe.run_dir("sft") / "checkpoint" if recipe.sft else recipe.policy.path
-    )
+    source = checkpoint.local_folder(source)
     dataset = tasks.load(recipe.data.train)
     reward_functions = [rewards.load(r.name, **r.options) for r in recipe.rewards]
     policy = stage.policy(source)

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from posttrain.policy import balance, checkpoint
@@ -19,17 +19,13 @@ from posttrain.policy.mtp import MTPRequest
 COMPLETE = "complete.json"
 
 
-class PolicyTrainer:
-    """Mixin before a TRL trainer whose `model` is a `PolicyForCausalLM`.
+class PolicyTrainer(Trainer):
+    """Comes before a TRL trainer among the bases; its `model` is a `PolicyForCausalLM`.
 
     The subclass requests the MTP loss before the forward pass and adds the extras after it.
     """
 
-    model: nn.Module
-    args: Any
-    state: TrainerState
-    accelerator: Any
-    _metrics: dict[str, dict[str, list[float]]]
+    lr_scheduler: LRScheduler | None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

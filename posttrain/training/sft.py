@@ -10,7 +10,7 @@ from trl import SFTTrainer
 
 from posttrain import tasks
 from posttrain.evaluate import Evaluation, evaluate_checkpoint
-from posttrain.recipe import Recipe
+from posttrain.recipe import Recipe, RecipeError
 from posttrain.training.config import PolicySFTConfig
 from posttrain.training.packing import PackedRows
 from posttrain.training.policy_trainer import PolicyTrainer
@@ -72,6 +72,8 @@ class PolicySFTTrainer(PolicyTrainer, SFTTrainer):
 
 def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     """Train, save the final checkpoint, evaluate by generation; return the summary."""
+    if recipe.sft is None or recipe.data.sft is None:
+        raise RecipeError(f"{recipe.name}: SFT needs the sections sft and data.sft; add both")
     stage = Stage.start(recipe, "sft", resume)
     dataset = tasks.load(recipe.data.sft)
     policy = stage.policy(recipe.policy.path)

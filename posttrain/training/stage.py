@@ -111,7 +111,7 @@ class Stage:
                 "eos_token_id": self.tokenizer.eos_token_id,
                 "pad_token_id": self.tokenizer.pad_token_id,
             }
-            | section.config
+            | (section.config or {})
         )
         config._attn_implementation = section.attn_implementation
         config._experts_implementation = "eager"

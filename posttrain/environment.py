@@ -3,6 +3,7 @@
 Every entry point calls `prepare()` first. A variable that the user has set wins over its default.
 """
 
+import logging
 import os
 import shutil
 import subprocess
@@ -68,3 +69,5 @@ def prepare() -> None:
     defaults = PRIVATE | ENGINE | (CPU if on_cpu() else {})
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # Set-up leaves Triton out on a CPU, where nothing could use it.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)

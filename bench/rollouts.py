@@ -138,6 +138,7 @@ def ours(
     with tempfile.TemporaryDirectory() as folder:
         trainer = ForcedPolicyTrainer(
             engine=engine,
+            engine_limit=recipe.rollout.max_model_len,
             gate=Gate(recipe.parity.tolerance),
             samples=Path(folder) / "samples.jsonl",
             model=policy,

@@ -1,5 +1,7 @@
 """Score a policy by generation: accuracy, lengths, tokens/s, and MTP draft acceptance."""
 
+import asyncio
+import inspect
 import time
 from dataclasses import asdict, dataclass
 from dataclasses import replace as replace_fields
@@ -13,7 +15,7 @@ from vllm import SamplingParams
 
 import rewards
 from posttrain import tasks
-from posttrain.recipe import Recipe, RecipeError
+from posttrain.recipe import DataSource, Recipe, RecipeError
 from posttrain.rollout.engine import Completion, DraftCounts, Engine, request_seed
 
 # Prompts on which drafting is measured at temperature 1.
@@ -53,9 +55,7 @@ def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, recipe: Recipe)
     Raises RecipeError without held-out data or rewards, TaskError if the data set is smaller than `eval.count`.
     """
     section = recipe.eval
-    if recipe.data.eval is None or not recipe.rewards:
-        raise RecipeError(f"{recipe.name}: evaluation needs data.eval and rewards; add both")
-    rows = tasks.load(recipe.data.eval)
+    rows = tasks.load(held_out(recipe))
     if len(rows) < section.count:
         raise tasks.TaskError(
             f"eval.count: at most the rows of data.eval ({len(rows)}), got {section.count}; "
@@ -68,6 +68,14 @@ def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, recipe: Recipe)
         tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False)
         for p in rows["prompt"]
     ]
+    room = recipe.rollout.max_model_len - section.max_tokens
+    longest = max(map(len, prompts), default=0)
+    if longest > room:
+        raise tasks.TaskError(
+            f"data.eval: a prompt has {longest} tokens, and rollout.max_model_len "
+            f"{recipe.rollout.max_model_len} less eval.max_tokens {section.max_tokens} leaves "
+            f"{room}; raise the one or lower the other"
+        )
     greedy, drafted, seconds = _generated(engine, prompts, mine, recipe, section.temperature)
     texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in greedy]
     first = recipe.rewards[0]
@@ -77,6 +85,8 @@ def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, recipe: Recipe)
         completion_ids=[c.token_ids for c in greedy],
         **{name: rows[name] for name in rows.column_names if name not in ("prompt", "completion")},
     )
+    if inspect.iscoroutine(scores):
+        scores = asyncio.run(scores)
     sampled = DraftCounts(0, (0,))
     if drafted.drafts:
         share = slice(max(1, SAMPLED_PROMPTS // state.num_processes))
@@ -105,6 +115,13 @@ def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, recipe: Recipe)
         acceptance_greedy=_ratio(total["kept"], total["drafted"]),
         acceptance=_ratio(total["kept_sampled"], total["drafted_sampled"]),
     )
+
+
+def held_out(recipe: Recipe) -> DataSource:
+    """Return the source to score on; RecipeError if there is none, or nothing to score by."""
+    if recipe.data.eval is None or not recipe.rewards:
+        raise RecipeError(f"{recipe.name}: evaluation needs data.eval and rewards; add both")
+    return recipe.data.eval
 
 
 def _generated(
@@ -136,6 +153,7 @@ def _ratio(part: int, whole: int) -> float | None:
 
 def evaluate_checkpoint(path: Path, recipe: Recipe) -> Evaluation:
     """Start an engine on a checkpoint, drafting with its first MTP module if any; score it."""
+    held_out(recipe)
     drafts = min(1, DeepseekV3Config.from_pretrained(path).num_nextn_predict_layers)
     engine = Engine.start(path, replace_fields(recipe.rollout, num_speculative_tokens=drafts))
     try:

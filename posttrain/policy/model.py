@@ -85,6 +85,11 @@ class PolicyModel(DeepseekV3Model):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.e_score_correction_bias)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in the class's own module, and would not find it here
+        return True
+
     def take_extras(self) -> TrainingExtras:
         """Return what the last training pass left, and forget it, so that its graph is freed."""
         extras, self.extras = self.extras, TrainingExtras()
@@ -204,6 +209,8 @@ class PolicyForCausalLM(DeepseekV3ForCausalLM):
     """
 
     _no_split_modules: ClassVar = ["DeepseekV3DecoderLayer", "DeepseekV3MTPLayer"]
+
+    _can_set_experts_implementation = PolicyModel._can_set_experts_implementation
 
     def __init__(self, config: DeepseekV3Config) -> None:
         DeepseekV3PreTrainedModel.__init__(self, config)

@@ -75,7 +75,8 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_TD = hidden_states.view(-1, hidden_states.shape[-1])
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.float(), self.weight.float())
         scores_TE = logits_TE.sigmoid()
         experts_TK = self.choose(scores_TE)
         gates_TK = scores_TE.gather(1, experts_TK)

@@ -21,6 +21,8 @@ _RESERVED = {
     "reward_weights": "set `weight` on each item of `rewards`",
     "remove_unused_columns": "rewards need the columns of the data; leave it out",
     "auto_find_batch_size": "a changed batch breaks the groups; set `per_device_train_batch_size` lower",
+    "load_best_model_at_end": "the final checkpoint is the last one; leave it out",
+    "vllm_structured_outputs_regex": _OWN_ENGINE,
     "vllm_gpu_memory_utilization": _ROLLOUT.format("gpu_memory_utilization"),
     "vllm_max_model_length": _ROLLOUT.format("max_model_len"),
     "vllm_tensor_parallel_size": _ROLLOUT.format("tensor_parallel_size"),

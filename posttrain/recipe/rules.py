@@ -233,6 +233,12 @@ def _engine(recipe: Recipe, processes: int, source: Source) -> None:
             ("rollout", "max_model_len"),
             f"must be at most the policy's max_position_embeddings {known}, got {rollout.max_model_len}",
         )
+    if 2 * recipe.parity.tokens >= rollout.max_model_len and source.sound("parity"):
+        source.fault(
+            ("parity", "tokens"),
+            f"twice as many must be below rollout.max_model_len {rollout.max_model_len}, "
+            f"got {recipe.parity.tokens}",
+        )
     if recipe.eval.max_tokens >= rollout.max_model_len and source.sound("eval"):
         source.fault(
             ("eval", "max_tokens"),

@@ -26,6 +26,7 @@ class PolicySFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         self.multi_step_schedule = take_multi_step(self)
+        keep_modules_used(self)
         super().__post_init__()
 
 
@@ -52,7 +53,17 @@ class PolicyGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self.multi_step_schedule = take_multi_step(self)
+        keep_modules_used(self)
         super().__post_init__()
+
+
+def keep_modules_used(args: SFTConfig | GRPOConfig) -> None:
+    """Keep DDP from calling the MTP modules unused.
+
+    Their loss leaves the forward pass beside its outputs, where DDP's search does not look.
+    """
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
 
 
 def take_multi_step(args: SFTConfig | GRPOConfig) -> bool:

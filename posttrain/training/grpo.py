@@ -6,7 +6,8 @@ One step, top to bottom (arXiv 2402.03300; TRL computes advantages and the loss)
     rollouts     engine.generate, one seed a request
     rewards      r_i = sum_k weight_k * reward_k(completion_i)
     advantages   A_i = (r_i - mean of the group) / std of the group
-    loss         clipped ratio of current to old policy, per token, + beta * KL to the reference
+    loss         clipped ratio of current to old policy, per token, times TRL's correction for
+                 what engine and trainer differ by, + beta * KL to the reference
     MTP loss     the modules follow the policy; nothing flows to trunk, embedding or head
     update       gradients clipped apart for trunk and modules; biases moved by the load
 Departures: none in the loss. The MTP loss and the bias update are additions (DeepSeek-V3 keeps
@@ -32,6 +33,7 @@ from posttrain.policy import checkpoint
 from posttrain.recipe import Recipe, RecipeError
 from posttrain.rollout.engine import Engine, request_seed
 from posttrain.rollout.parity import Gate
+from posttrain.training.callbacks import keep_lines
 from posttrain.training.config import PolicyGRPOConfig
 from posttrain.training.policy_trainer import PolicyTrainer
 from posttrain.training.stage import Stage
@@ -40,8 +42,11 @@ from posttrain.training.stage import Stage
 class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
     """`trl.GRPOTrainer` whose rollouts come from our engine, synced and checked at every update."""
 
-    def __init__(self, *, engine: Engine, gate: Gate, samples: Path, **kwargs: Any) -> None:
+    def __init__(
+        self, *, engine: Engine, engine_limit: int, gate: Gate, samples: Path, **kwargs: Any
+    ) -> None:
         self.engine = engine
+        self.engine_limit = engine_limit
         self.gate = gate
         self.samples = samples
         self.parity_max = 0.0
@@ -103,6 +108,14 @@ class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
         if self.state.global_step != self._last_loaded_step:
             self.sync()
             self._last_loaded_step = self.state.global_step
+        room = self.engine_limit - self.max_completion_length
+        longest = max(map(len, prompt_ids))
+        if longest > room:
+            raise tasks.TaskError(
+                f"data.train: a prompt has {longest} tokens, and rollout.max_model_len "
+                f"{self.engine_limit} less grpo.max_completion_length "
+                f"{self.max_completion_length} leaves {room}; raise the one or lower the other"
+            )
         first = self.accelerator.process_index * len(prompt_ids)
         sampling = [self.sampling(first + i) for i in range(len(prompt_ids))]
         drafted = self.engine.draft_counts()
@@ -230,6 +243,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     fields = recipe.grpo | {"reward_weights": [r.weight for r in recipe.rewards]}
     trainer = PolicyGRPOTrainer(
         engine=engine,
+        engine_limit=recipe.rollout.max_model_len,
         gate=gate,
         samples=stage.folder / "samples.jsonl",
         model=policy,
@@ -241,19 +255,29 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     if stage.resume_from:
         step = int(stage.resume_from.rpartition("-")[2])
         trainer._step = step * trainer.args.gradient_accumulation_steps
+        if stage.is_main:
+            keep_lines(stage.folder / "samples.jsonl", step - 1)
     stage.attach(trainer)
-    trainer.train(resume_from_checkpoint=stage.resume_from)
+    steps = stage.train(trainer)
+    processes = trainer.accelerator.num_processes
     summary: dict[str, Any] = {
-        "steps": trainer.state.global_step,
+        "steps": steps,
         "rollout": {
-            "tokens_per_second": trainer.totals["rollout_tokens"]
+            "tokens_per_second": processes
+            * trainer.totals["rollout_tokens"]
             / max(trainer.totals["rollout_seconds"], 1e-9)
         },
         "train": {
-            "tokens_per_second": trainer.totals["train_tokens"]
+            "tokens_per_second": processes
+            * trainer.totals["train_tokens"]
             / max(trainer.totals["train_seconds"], 1e-9)
         },
-        "parity": {"max_abs_logprob_diff": trainer.parity_max},
+        # Of an interrupted run too: the log has what came before.
+        "parity": {
+            "max_abs_logprob_diff": max(
+                [trainer.parity_max, *stage.metrics("parity/max_abs_logprob_diff")]
+            )
+        },
         "moe": {"max_violation": stage.last_metric("moe/max_violation")},
         "reward": {"curve": stage.metrics("reward")},
     }
@@ -261,6 +285,8 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     if stage.interrupted:
         return stage.finish("interrupted", **summary)
     trainer.save_model(str(stage.checkpoint))
+    stage.release(trainer)
+    del trainer, policy
     if before is not None:
         after = evaluate_checkpoint(stage.checkpoint, recipe)
         summary["eval"] = {

@@ -4,7 +4,6 @@ import math
 import time
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from trl import SFTTrainer
 
@@ -86,22 +85,22 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     )
     stage.attach(trainer)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=stage.resume_from)
+    steps = stage.train(trainer)
     train_seconds = time.monotonic() - started
     if stage.interrupted:
-        return stage.finish("interrupted", steps=trainer.state.global_step)
+        return stage.finish("interrupted", steps=steps)
     trainer.save_model(str(stage.checkpoint))
     summary: dict[str, Any] = {
-        "steps": trainer.state.global_step,
+        "steps": steps,
         "train": {
             "seconds": train_seconds,
-            "tokens_per_second": trainer.tokens / train_seconds,
+            "tokens_per_second": trainer.tokens * trainer.accelerator.num_processes / train_seconds,
         },
         "moe": {"max_violation": stage.last_metric("moe/max_violation")},
         "perplexity": stage.last_metric("perplexity"),
     }
+    stage.release(trainer)
     del trainer, policy
-    torch.cuda.empty_cache() if torch.cuda.is_available() else None
     after: Evaluation | None = None
     if recipe.data.eval is not None:
         after = evaluate_checkpoint(stage.checkpoint, recipe)

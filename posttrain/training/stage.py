@@ -1,7 +1,9 @@
 """One stage of a run: its folder, tokenizer, policy, configuration, and summary."""
 
+import gc
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,11 +71,14 @@ class Stage:
             folder.mkdir(parents=True, exist_ok=True)
             recipe.dump(folder / "recipe.yaml")
             if not resume:
-                for log in ("metrics.jsonl", "samples.jsonl"):
+                # --resume and the next stage must not find what an older run left.
+                for log in ("metrics.jsonl", "samples.jsonl", "summary.json"):
                     (folder / log).unlink(missing_ok=True)
+                for old in ("steps", "checkpoint"):
+                    shutil.rmtree(folder / old, ignore_errors=True)
         state.wait_for_everyone()
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-        tokenizer = AutoTokenizer.from_pretrained(recipe.policy.tokenizer or recipe.policy.path)
+        tokenizer = load_tokenizer(recipe.policy.tokenizer or recipe.policy.path)
         set_seed(recipe.seed)
         return cls(recipe, name, folder, tokenizer, resume_from)
 
@@ -96,14 +101,18 @@ class Stage:
         """Build the policy: from the step checkpoint, from `source`, or from scratch."""
         section = self.recipe.policy
         dtype = getattr(torch, section.dtype)
-        source = self.resume_from or source
-        if source is not None:
-            return checkpoint.load(
-                source,
-                dtype=dtype,
+        start = self.resume_from or source
+        if start is not None:
+            policy = checkpoint.load(
+                start,
+                dtype=None if self.resume_from else dtype,  # as saved: masters may be wider
                 attn_implementation=section.attn_implementation,
                 num_nextn_predict_layers=section.num_nextn_predict_layers,
             )
+            # TRL loads the reference policy of the KL term from here, on a resumed run too.
+            policy.config.name_or_path = str(source)
+            policy.set_experts_implementation(experts_implementation())
+            return policy
         config = DeepseekV3Config(
             **{
                 "vocab_size": len(self.tokenizer),
@@ -114,7 +123,7 @@ class Stage:
             | (section.config or {})
         )
         config._attn_implementation = section.attn_implementation
-        config._experts_implementation = "eager"
+        config._experts_implementation = experts_implementation()
         return PolicyForCausalLM(config).to(dtype)
 
     def config(self, cls: type[Config], fields: dict[str, Any]) -> Config:
@@ -134,6 +143,22 @@ class Stage:
         self._stop = StopOnSignal(trainer.accelerator)
         trainer.add_callback(self._stop)
         trainer.add_callback(MetricsLog(self.folder / "metrics.jsonl"))
+
+    def train(self, trainer: Trainer) -> int:
+        """Train to the end or a signal; return the steps done. A finished run is left as it is."""
+        done = int(self.resume_from.rpartition("-")[2]) if self.resume_from else 0
+        if not 0 < trainer.args.max_steps <= done:
+            trainer.train(resume_from_checkpoint=self.resume_from)
+            done = trainer.state.global_step
+        return done
+
+    def release(self, trainer: Trainer) -> None:
+        """Let go of what holds the trainer's memory, so that an engine can have it."""
+        trainer.accelerator.free_memory()
+        trainer.callback_handler.callbacks.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def last_metric(self, name: str) -> float | None:
         """Return the newest value of a metric in `metrics.jsonl`."""
@@ -164,6 +189,27 @@ class Stage:
             write_json(self.folder / "summary.json", summary)
         PartialState().wait_for_everyone()
         return summary
+
+
+def experts_implementation() -> str:
+    """One by one on a CPU, where that is fastest; transformers' grouped products on a GPU."""
+    return "grouped_mm" if torch.cuda.is_available() else "eager"
+
+
+def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer with a chat template; raises CheckpointError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"policy.tokenizer: {source} cannot be loaded ({error}); give a folder with "
+            "tokenizer.json and tokenizer_config.json (custom tokenizer code is not run)"
+        ) from error
+    if tokenizer.chat_template is None:
+        raise checkpoint.CheckpointError(
+            f"policy.tokenizer: {source} has no chat template; put a chat_template.jinja beside it"
+        )
+    return tokenizer
 
 
 def fill(summary: dict[str, Any], keys: tuple[str, ...]) -> None:

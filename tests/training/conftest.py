@@ -160,6 +160,7 @@ def build_grpo(
     recorder = Recorder()
     trainer = PolicyGRPOTrainer(
         engine=engine or StubEngine(policy, tokenizer.eos_token_id),
+        engine_limit=128,
         gate=OpenGate(),
         samples=folder / "samples.jsonl",
         model=policy,

@@ -50,10 +50,9 @@ def test_packed_rows_train_as_the_documents_alone() -> None:
     alone = train([[0], [1], [2], [3]])
     together = train([[0, 1], [2, 3]])  # rows of 8 and 7: one position of padding
     for one, other in zip(alone, together, strict=True):
-        # float32 sums in another order
-        torch.testing.assert_close(
-            torch.as_tensor(one), torch.as_tensor(other), rtol=1e-5, atol=1e-6
-        )
+        one, other = torch.as_tensor(one), torch.as_tensor(other)
+        # float32 sums in another order: small entries of a gradient have the noise of the large
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
 
 
 def test_padding_has_no_document_and_first_tokens_are_no_labels() -> None:

@@ -4,58 +4,35 @@ On a CPU the engine runs eagerly in the trainer's threads with vLLM's faults cor
 starts vLLM on CUDA; that path has not been run yet.
 """
 
-import contextlib
+import gc
 import hashlib
 import json
-import logging
-import os
-import random
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from posttrain import environment
-from posttrain.rollout import corrections
+from posttrain.rollout import corrections, launch
+from posttrain.rollout.launch import EngineError, RolloutSettings, check
 from posttrain.rollout.sync import Link, SyncError, SyncReport
-from posttrain.rollout.worker import EXTENSION
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-MLA_KERNEL = (512, 64)
-"""The only (kv_lora_rank, qk_rope_head_dim) that vLLM's CPU kernel for latent attention takes."""
-
-
-QUIET = (
-    "vllm.renderers.base",  # no tokenizer in the engine
-    "vllm.v1.worker.cpu_worker",  # no threads of its own
-    "vllm.model_executor.model_loader.reload.layerwise",  # a module without weights gets none
-)
-"""Loggers whose warnings tell what is meant here."""
-
-
-class EngineError(RuntimeError):
-    """The engine cannot be started, or used, as asked."""
-
-
-class RolloutSettings(Protocol):
-    """What a recipe's `rollout` section says; vLLM's names where it has one."""
-
-    max_model_len: int
-    max_num_seqs: int
-    gpu_memory_utilization: float
-    kv_cache_memory_gib: float
-    dtype: str
-    num_speculative_tokens: int
-    tensor_parallel_size: int
-    seed: int
+__all__ = [
+    "Completion",
+    "DraftCounts",
+    "Engine",
+    "EngineError",
+    "RolloutSettings",
+    "check",
+    "request_seed",
+]
 
 
 @dataclass(frozen=True)
@@ -102,11 +79,14 @@ def request_seed(run_seed: int, step: int, prompt_index: int, sample_index: int)
 class Engine:
     """A running vLLM engine on one policy. Use `Engine.start`; close it when done."""
 
-    def __init__(self, llm: Any, link: Link, stop_token_ids: list[int], owns_group: bool) -> None:
+    # vLLM keeps one set of process groups for all engines of a process.
+    _running: ClassVar[int] = 0
+    _made_group: ClassVar[bool] = False
+
+    def __init__(self, llm: Any, link: Link, stop_token_ids: list[int]) -> None:
         self.llm = llm
         self.link = link
         self.stop_token_ids = stop_token_ids
-        self._owns_group = owns_group
         self._usable = True
         self._kept: Counter[int] = Counter()  # tokens of a draft that were kept -> drafts
 
@@ -118,22 +98,25 @@ class Engine:
 
         Without `load_weights` only config.json is read, and nothing can be generated before a
         sync. Where torch.distributed runs with several processes, each must start its engine at
-        the same time. Random state, threads and environment of this process stay as they were.
+        the same time; with tensor_parallel_size > 1 a group of them runs one engine, and must
+        also generate, score and sync at the same time, each with requests of its own.
+        Random state, threads and environment of this process stay as they were.
         Raises EngineError for settings that vLLM would take and compute wrongly.
         """
         folder = Path(checkpoint)
         model = json.loads((folder / "config.json").read_text())
         check(model, config, environment.on_cpu())
-        prepare(model)
-        owns_group = not torch.distributed.is_initialized()
-        with untouched(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations inside vLLM and torch
+        launch.prepare(model)
+        if not cls._running:
+            cls._made_group = not torch.distributed.is_initialized()
+        with launch.untouched(), launch.quiet():
             from vllm import LLM
 
             corrections.register()
-            llm = LLM(**arguments(folder, model, config, load_weights))
+            llm = LLM(**launch.arguments(folder, model, config, load_weights))
             link = Link(llm, model["num_hidden_layers"])
-        engine = cls(llm, link, stop_tokens(folder, model), owns_group)
+        engine = cls(llm, link, launch.stop_tokens(folder, model))
+        cls._running += 1
         engine._usable = load_weights
         return engine
 
@@ -172,7 +155,7 @@ class Engine:
         from vllm import SamplingParams
 
         request = SamplingParams(
-            max_tokens=1, prompt_logprobs=0, detokenize=False, flat_logprobs=True
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, flat_logprobs=True
         )
         outputs = self._run(sequences, [request] * len(sequences))
         return [list(output.prompt_logprobs.logprobs) for output in outputs]
@@ -194,18 +177,29 @@ class Engine:
         return DraftCounts(self._kept.total(), tuple(longer))
 
     def close(self) -> None:
-        """Shut vLLM down and free its memory; another engine can then be started."""
+        """Shut vLLM down and free its memory; the trainer's process group stays as it is."""
         from vllm import envs
         from vllm.distributed import parallel_state
+        from vllm.v1.engine import core
 
         self._usable = False
-        self.llm.llm_engine.engine_core.shutdown()
+        clean = core.cleanup_dist_env_and_memory
+        core.cleanup_dist_env_and_memory = lambda: None  # it would destroy every group there is
+        try:
+            self.llm.llm_engine.engine_core.shutdown()
+        finally:
+            core.cleanup_dist_env_and_memory = clean
         del self.llm, self.link
         envs.disable_envs_cache()
-        if self._owns_group:
-            parallel_state.cleanup_dist_env_and_memory()
-        else:
+        Engine._running -= 1
+        if not Engine._running:
             parallel_state.destroy_model_parallel()
+            if Engine._made_group:
+                parallel_state.destroy_distributed_environment()
+            elif parallel_state._WORLD is not None:
+                parallel_state._WORLD.destroy()
+                parallel_state._WORLD = None
+        gc.collect()
 
     def _request(self, sampling: "SamplingParams") -> "SamplingParams":
         if sampling.n != 1:
@@ -222,135 +216,37 @@ class Engine:
     def _run(self, prompts: Sequence[list[int]], requests: list["SamplingParams"]) -> list[Any]:
         if not self._usable:
             raise SyncError("the engine holds no verified weights; remedy: sync them first")
+        everybody, own = _joined([(list(p), r) for p, r in zip(prompts, requests, strict=True)])
         engine = self.llm.llm_engine
-        with untouched():
+        with launch.untouched():
             try:
-                return self.llm.generate(
-                    [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-                    requests,
+                outputs = self.llm.generate(
+                    [{"prompt_token_ids": prompt} for prompt, _ in everybody],
+                    [request for _, request in everybody],
                     use_tqdm=False,
                 )
             except BaseException:  # an interruption too must leave no request behind
                 left = list(engine.output_processor.request_states)
                 engine.abort_request(left, internal=True)
                 raise
+        return outputs[own]
 
 
-def check(model: dict[str, Any], config: RolloutSettings, on_cpu: bool) -> None:
-    """Refuse what vLLM would compute wrongly; raises EngineError naming field, rule and remedy."""
-    drafts, depth = config.num_speculative_tokens, model.get("num_nextn_predict_layers", 0)
-    if drafts > 0 and not depth:
-        raise EngineError(
-            f"num_speculative_tokens is {drafts}, but the policy has no MTP module to draft with; "
-            "remedy: set it to 0, or policy.num_nextn_predict_layers to 1"
-        )
-    if drafts > 1 and depth > 1 and on_cpu:
-        raise EngineError(
-            f"num_speculative_tokens is {drafts} with {depth} MTP modules: on a CPU vLLM runs the "
-            "first module for every draft; remedy: set it to 1"
-        )
-    if config.tensor_parallel_size > 1:
-        raise EngineError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}: weights split over several "
-            "workers cannot be read back and verified yet; remedy: set it to 1"
-        )
-    for field, value in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
-        if model.get("n_routed_experts") and model.get(field) != value:
-            raise EngineError(
-                f'config.json: {field} must be "{value}", not {model.get(field)!r}: without it '
-                "vLLM routes without the bias; remedy: save the policy with posttrain"
-            )
+def _joined(pairs: list[tuple[list[int], Any]]) -> tuple[list[tuple[list[int], Any]], slice]:
+    """Join the requests of the processes that run one tensor-parallel engine between them.
 
-
-def prepare(model: dict[str, Any]) -> None:
-    """Set the environment that vLLM reads, on import and while it starts."""
-    environment.prepare()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if environment.on_cpu():
-        latent = (model.get("kv_lora_rank"), model.get("qk_rope_head_dim"))
-        # Other sizes keep full keys and values: right, with a larger cache.
-        os.environ["VLLM_MLA_DISABLE"] = "0" if latent == MLA_KERNEL else "1"
-    for name in QUIET:
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def arguments(
-    folder: Path, model: dict[str, Any], config: RolloutSettings, load_weights: bool
-) -> dict[str, Any]:
-    """Return the arguments of vLLM's `LLM`."""
-    found: dict[str, Any] = {
-        "model": str(folder),
-        "skip_tokenizer_init": True,
-        "load_format": "auto" if load_weights else "dummy",
-        "dtype": config.dtype,
-        "max_model_len": config.max_model_len,
-        "max_num_seqs": config.max_num_seqs,
-        "seed": config.seed,
-        "generation_config": "vllm",
-        "use_tqdm_on_load": False,
-        "logprobs_mode": "processed_logprobs",
-        "worker_extension_cls": EXTENSION,
-    }
-    if config.num_speculative_tokens > 0:
-        found["speculative_config"] = {
-            "method": "mtp",
-            "num_speculative_tokens": config.num_speculative_tokens,
-        }
-        found["per_request_spec_decode_metrics"] = "summary"
-    if environment.on_cpu():
-        found["enforce_eager"] = True
-        found["kv_cache_memory_bytes"] = int(config.kv_cache_memory_gib * 2**30)
-        if os.environ["VLLM_MLA_DISABLE"] == "0":
-            # The AMX kernel takes the latent projection's weight away: it could not be verified.
-            found["attention_config"] = {"backend": "CPU_MLA"}
-    else:
-        found["gpu_memory_utilization"] = config.gpu_memory_utilization
-        found["kernel_config"] = {"moe_backend": "triton"}  # a layout that can be read back
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        found["distributed_executor_backend"] = "external_launcher"
-        os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
-        os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-    return found
-
-
-def stop_tokens(folder: Path, model: dict[str, Any]) -> list[int]:
-    """Return the checkpoint's end-of-sequence tokens: generation_config.json's, else config.json's."""
-    file = folder / "generation_config.json"
-    generation = json.loads(file.read_text()) if file.exists() else {}
-    tokens = generation.get("eos_token_id", model.get("eos_token_id"))
-    if tokens is None:
-        return []
-    return [tokens] if isinstance(tokens, int) else list(tokens)
-
-
-@contextlib.contextmanager
-def untouched() -> Iterator[None]:
-    """Keep what vLLM would change in the trainer's process.
-
-    Random states of python, numpy and torch; the environment, except for vLLM's own variables;
-    `torch.set_num_threads`, which vLLM replaces by a function that does nothing; and where memory
-    comes from: vLLM would bind all of the process to one NUMA node.
+    Each computes a part of every request and keeps the outputs of its own: (all requests, own).
+    Without a seed the processes would draw different tokens: ValueError.
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    variables = dict(os.environ)
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    torch.ops._C.init_cpu_memory_env = lambda nodes: None
-    try:
-        yield
-    finally:
-        del torch.ops._C.init_cpu_memory_env
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        torch.set_num_threads = set_num_threads
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        for name in set(os.environ) - set(variables):
-            if not name.startswith("VLLM_"):
-                del os.environ[name]
-        for name, value in variables.items():
-            if os.environ.get(name) != value and not name.startswith("VLLM_"):
-                os.environ[name] = value
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return pairs, slice(None)
+    parts: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(parts, pairs, group=group.cpu_group)
+    everybody = [pair for part in parts for pair in part]
+    if any(request.seed is None and request.temperature > 0 for _, request in everybody):
+        raise ValueError("a request has no seed; with tensor_parallel_size > 1 each must have one")
+    first = sum(len(part) for part in parts[: group.rank_in_group])
+    return everybody, slice(first, first + len(pairs))

@@ -6,21 +6,17 @@ pass. When log-probs differ by more than the tolerance, hidden states of both si
 by layer, to name where it starts.
 """
 
-import contextlib
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from posttrain.rollout.engine import Engine, request_seed
+from posttrain.rollout.engine import Engine
+from posttrain.rollout.sides import TEMPERATURES, evaluating, first_difference, forward, request
 from posttrain.rollout.sync import SyncError
-
-TEMPERATURES = (1.0, 2.0)
-"""Prompts are continued at these in turn: both are right only if temperatures reach every token."""
 
 
 class ParityError(RuntimeError):
@@ -38,18 +34,6 @@ class ParityReport:
     tokens: int
     experts_missed: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Where hidden states part: max |engine - trainer| at a layer, beside the state's rms.
-
-    No layer: the engine runs compiled and shows none.
-    """
-
-    layer: str | None
-    size: float = float("nan")
-    rms: float = float("nan")
 
 
 class Gate:
@@ -90,7 +74,7 @@ class Gate:
             decoded = _continued(engine, self.prompts, self.tokens, self.seed)
             sequences = [p + c for p, (c, _) in zip(self.prompts, decoded, strict=True)]
             prefilled = engine.score(sequences)
-            logits, missed = _forward(policy, sequences)
+            logits, missed = forward(policy, sequences)
             if missed > self._unreached:  # the router has moved: look again at the next check
                 self.prompts = []
         prefill, decode = _differences(logits, sequences, prefilled, [d[1] for d in decoded])
@@ -117,7 +101,7 @@ class Gate:
         while True:
             for _ in range(self.count):
                 self.prompts.append(source.choices(vocabulary, k=self.tokens))
-            _, self._unreached = _forward(policy, self.prompts)
+            _, self._unreached = forward(policy, self.prompts)
             if not self._unreached or len(self.prompts) + self.count > self.limit:
                 return
 
@@ -171,123 +155,10 @@ def check(
     return Gate(tolerance, prompts=prompts, tokens=tokens, seed=seed).check(engine, policy)
 
 
-def first_difference(
-    engine: Engine,
-    policy: Any,
-    sequence: list[int],
-    prompt_tokens: int,
-    tolerance: float,
-    *,
-    seed: int = 0,
-    row: int = 0,
-) -> Difference | None:
-    """Return the first layer whose hidden state differs by more than tolerance * max(1, rms).
-
-    Compares the engine's prefill of `sequence`, then its decode of the prompt alone.
-    """
-    prompt = sequence[:prompt_tokens]
-    for decoding in (False, True):
-        engine.llm.reset_prefix_cache()
-        engine.llm.collective_rpc("policy_capture_begin")
-        try:
-            if decoding:
-                request = _request(seed, row, len(sequence) - prompt_tokens)
-                sequence = (
-                    prompt + engine.generate([prompt], request, count_drafts=False)[0].token_ids
-                )
-            else:
-                engine.score([sequence])
-        finally:
-            held = engine.llm.collective_rpc("policy_capture_end")[0]
-        if not held:
-            return Difference(None)
-        with evaluating(policy), captured(policy) as states:
-            _forward(policy, [sequence])
-        for layer, state_SD in states.items():
-            positions = sorted(p for p in held[layer] if p < len(sequence) - 1)
-            engine_SD = torch.stack([held[layer][p] for p in positions])
-            size = (engine_SD - state_SD[positions]).abs().max().item()
-            rms = state_SD[positions].square().mean().sqrt().item()
-            if not size <= tolerance * max(1.0, rms):
-                return Difference(layer, size, rms)
-    return None
-
-
-@contextlib.contextmanager
-def evaluating(policy: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; each module gets its own mode back."""
-    modes = [(module, module.training) for module in policy.modules()]
-    policy.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
-def captured(policy: Any) -> Iterator[dict[str, Tensor]]:
-    """Record the first sequence's hidden states [positions, width] by the engine's layer names."""
-    states: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            states[name] = hidden[0].detach().float().cpu()
-
-        return record
-
-    hooks = [policy.model.embed_tokens.register_forward_hook(keep("embed_tokens"))]
-    for index, layer in enumerate(_trunk(policy)):
-        hooks.append(layer.register_forward_hook(keep(f"layers.{index}")))
-    try:
-        yield states
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _trunk(policy: Any) -> Any:
-    return policy.model.layers[: policy.config.num_hidden_layers]
-
-
-def _forward(policy: Any, sequences: list[list[int]]) -> tuple[Tensor, int]:
-    """Return logits [B, S, V] in float32 of sequences of one length, and the experts missed."""
-    reached: list[Tensor] = []
-
-    def count(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        experts = policy.config.n_routed_experts
-        reached.append(torch.bincount(output[2].flatten(), minlength=experts) > 0)
-
-    routers = [layer.mlp.gate for layer in _trunk(policy) if hasattr(layer.mlp, "gate")]
-    hooks = [router.register_forward_hook(count) for router in routers]
-    try:
-        ids = torch.tensor(sequences, device=policy.device)
-        logits = policy(
-            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-        ).logits.float()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits, sum(int((~hit).sum()) for hit in reached)
-
-
-def _request(seed: int, row: int, tokens: int) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        max_tokens=tokens,
-        temperature=TEMPERATURES[row % len(TEMPERATURES)],
-        seed=request_seed(seed, 0, row, 0),
-        ignore_eos=True,
-    )
-
-
 def _continued(
     engine: Engine, prompts: list[list[int]], tokens: int, seed: int
 ) -> list[tuple[list[int], list[float]]]:
-    requests = [_request(seed, row, tokens) for row in range(len(prompts))]
+    requests = [request(seed, row, tokens) for row in range(len(prompts))]
     completions = engine.generate(prompts, requests, count_drafts=False)
     return [(c.token_ids, c.logprobs) for c in completions]
 

@@ -10,7 +10,8 @@ it, so that a tensor read back can be compared bit for bit with the one that was
     W_UK, W_UV of MLA       -> kv_b_proj, as it was absorbed
 
 A name comes up once for every copy that a forward pass may read: lm_head as stored and as packed, a
-router's bias in the gate and in the experts.
+router's bias in the gate and in the experts. Tensors split over tensor-parallel workers are gathered,
+so every worker must read back at the same time.
 """
 
 import functools
@@ -36,7 +37,7 @@ class ReadbackError(RuntimeError):
 
 
 @torch.no_grad()
-def held(model: nn.Module, draft: nn.Module | None) -> Iterator[tuple[str, Tensor]]:
+def held(model: nn.Module, draft: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield (checkpoint name, tensor) for all that the model and its drafter hold.
 
     Tensors have the checkpoint's shapes and the engine's types; they may be views of its memory.
@@ -65,17 +66,32 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from _experts(path.removesuffix(".routed_experts"), module)
         elif hasattr(module, "W_UK_T"):
             parts = (module.W_UK_T.permute(2, 0, 1), module.W_UV.transpose(0, 1))
-            absorbed = torch.cat(parts, dim=-1)  # [latent, heads, nope + v]
-            yield f"{_attention(path)}.kv_b_proj.weight", absorbed.flatten(1).t()
+            absorbed = torch.cat(parts, dim=-1).flatten(1).t()  # [heads * (nope + v), latent]
+            yield f"{_attention(path)}.kv_b_proj.weight", _whole(absorbed, 0, _workers(module))
         elif isinstance(module, VocabParallelEmbedding):
-            yield f"{path}.weight", module.weight[: module.org_vocab_size]
+            copies = [module.weight]
             if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
-                yield f"{path}.weight", _multiplied(module, path)[: module.org_vocab_size]
+                copies.append(_multiplied(module, path))
+            for copy in copies:
+                yield f"{path}.weight", _whole(copy, 0, module.tp_size)[: module.org_vocab_size]
         elif isinstance(module, LinearBase):
             yield from _linear(path, module)
         else:
             for name, parameter in module.named_parameters(recurse=False):
                 yield f"{path}.{name}", parameter
+
+
+def _whole(shard: Tensor, dim: int, workers: int) -> Tensor:
+    """Return the tensor that is split along `dim` over this many workers."""
+    if workers == 1:
+        return shard
+    from vllm.distributed import tensor_model_parallel_all_gather
+
+    return tensor_model_parallel_all_gather(shard.contiguous(), dim)
+
+
+def _workers(attention: Any) -> int:
+    return attention.kv_b_proj.tp_size
 
 
 def _attention(path: str) -> str:
@@ -84,14 +100,17 @@ def _attention(path: str) -> str:
 
 
 def _linear(path: str, module: Any) -> Iterator[tuple[str, Tensor]]:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
     weight = module.weight if module.weight.numel() else _multiplied(module, path)
     parent, _, last = path.rpartition(".")
     if last in FUSED:
         parts = weight.split(module.output_partition_sizes)
         for name, part in zip(FUSED[last], parts, strict=True):
-            yield f"{parent}.{name}.weight", part
+            yield f"{parent}.{name}.weight", _whole(part, 0, module.tp_size)
     else:
-        yield f"{path}.weight", weight
+        dim = int(isinstance(module, RowParallelLinear))
+        yield f"{path}.weight", _whole(weight, dim, getattr(module, "tp_size", 1))
     for name, parameter in module.named_parameters(recurse=False):
         if name != "weight":
             yield f"{path}.{name}", parameter
@@ -104,7 +123,8 @@ def _multiplied(module: Any, path: str) -> Tensor:
     """
     if module.cpu_linear is torch.nn.functional.linear and not module.weight.numel():
         raise ReadbackError(f"{path}: the weight was given away to a kernel that hides it")
-    width = getattr(module, "input_size", None) or module.embedding_dim
+    widths = ("input_size_per_partition", "input_size", "embedding_dim")  # the first that it has
+    width = next(getattr(module, name) for name in widths if hasattr(module, name))
     dtype = module.params_dtype if hasattr(module, "params_dtype") else module.weight.dtype
     return module.cpu_linear(torch.eye(width, dtype=dtype), module.weight, None).t()
 
@@ -113,10 +133,14 @@ def _experts(path: str, module: Any) -> Iterator[tuple[str, Tensor]]:
     w13_EFD, w2_EDF = _unpacked(module)
     size = module.moe_config.intermediate_size_per_partition
     padded = w13_EFD.shape[1] // 2  # the CPU kernel pads the inner width to a multiple of 32
-    for e in range(w13_EFD.shape[0]):
-        yield f"{path}.{e}.gate_proj.weight", w13_EFD[e, :size]
-        yield f"{path}.{e}.up_proj.weight", w13_EFD[e, padded : padded + size]
-        yield f"{path}.{e}.down_proj.weight", w2_EDF[e, :, :size]
+    workers = module.moe_config.moe_parallel_config.tp_size
+    gate_EFD = _whole(w13_EFD[:, :size], 1, workers)
+    up_EFD = _whole(w13_EFD[:, padded : padded + size], 1, workers)
+    down_EDF = _whole(w2_EDF[:, :, :size], 2, workers)
+    for e in range(gate_EFD.shape[0]):
+        yield f"{path}.{e}.gate_proj.weight", gate_EFD[e]
+        yield f"{path}.{e}.up_proj.weight", up_EFD[e]
+        yield f"{path}.{e}.down_proj.weight", down_EDF[e]
     bias = module.e_score_correction_bias
     if bias is not None:
         yield f"{path.removesuffix('.experts')}.gate.e_score_correction_bias", bias

@@ -1,4 +1,4 @@
-"""Checks that need a process of their own: `python alone.py latent|sharded FOLDER`."""
+"""Checks that need a process of their own: `python alone.py latent|sharded|split FOLDER`."""
 
 import sys
 from datetime import timedelta
@@ -63,7 +63,7 @@ def sharded(folder: Path) -> None:
     from torch.distributed.tensor import DTensor
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=1500))
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2,))
     if rank == 0:
@@ -95,6 +95,28 @@ def sharded(folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def split(folder: Path) -> None:
+    """Two processes run one engine between them, tensor-parallel, each with prompts of its own."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=1500))
+    rank = dist.get_rank()
+    if rank == 0:
+        save(Tiny.policy(0), None, folder)
+    dist.barrier()
+    engine = Engine.start(folder, Settings(tensor_parallel_size=2), load_weights=False)
+    policy = Tiny.policy(1)
+    engine.sync(named_tensors(policy))
+    print(rank, parity.check(engine, policy, tolerance=1e-4, seed=rank))
+    model, _ = models(engine)
+    assert model.model.layers[0].self_attn.o_proj.tp_size == 2
+    if rank == 1:  # a corruption in one worker is found by both
+        with torch.no_grad():
+            model.model.layers[1].mlp.experts.routed_experts.w2_weight[3, 0, 0] += 1.0
+    with pytest.raises(SyncError, match=r"layers\.1\.mlp\.experts\.\d+\.down_proj"):
+        engine.link.verify()
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    {"latent": latent, "sharded": sharded}[sys.argv[1]](Path(sys.argv[2]))
+    {"latent": latent, "sharded": sharded, "split": split}[sys.argv[1]](Path(sys.argv[2]))
     print("passed")

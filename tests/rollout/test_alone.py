@@ -30,13 +30,14 @@ def test_the_released_latent_size_runs_on_the_mla_kernel(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_with_sharded_weights_sync_an_engine_each(tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", ["sharded", "split"])
+def test_two_processes(tmp_path: Path, check: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
-        start("sharded", tmp_path / "checkpoint", RANK=str(r), LOCAL_RANK=str(r), **group)
+        start(check, tmp_path / "checkpoint", RANK=str(r), LOCAL_RANK=str(r), **group)
         for r in range(2)
     ]
     outputs = [process.communicate(timeout=280)[0] for process in processes]

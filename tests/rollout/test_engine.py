@@ -143,7 +143,7 @@ def test_draft_counts_add_up(engine: Engine, plain_engine: Engine, tiny: Any) ->
     [
         ({"num_speculative_tokens": 1}, {"num_nextn_predict_layers": 0}, "no MTP module"),
         ({"num_speculative_tokens": 2}, {"num_nextn_predict_layers": 2}, "first module"),
-        ({"tensor_parallel_size": 2}, {}, "tensor_parallel_size"),
+        ({"tensor_parallel_size": 2}, {}, "must divide the number of processes 1"),
         ({}, {"topk_method": "greedy"}, "topk_method"),
         ({}, {"scoring_func": None}, "scoring_func"),
     ],

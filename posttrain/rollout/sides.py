@@ -1,0 +1,140 @@
+"""Both sides of one comparison: the trainer's forward pass, the engine's, and where they part."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.rollout.engine import Engine, request_seed
+
+TEMPERATURES = (1.0, 2.0)
+"""Prompts are continued at these in turn: both are right only if temperatures reach every token."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where hidden states part: max |engine - trainer| at a layer, beside the state's rms.
+
+    No layer: the engine runs compiled and shows none.
+    """
+
+    layer: str | None
+    size: float = float("nan")
+    rms: float = float("nan")
+
+
+def first_difference(
+    engine: Engine,
+    policy: Any,
+    sequence: list[int],
+    prompt_tokens: int,
+    tolerance: float,
+    *,
+    seed: int = 0,
+    row: int = 0,
+) -> Difference | None:
+    """Return the first layer whose hidden state differs by more than tolerance * max(1, rms).
+
+    Compares the engine's prefill of `sequence`, then its decode of the prompt alone.
+    """
+    prompt = sequence[:prompt_tokens]
+    for decoding in (False, True):
+        engine.llm.reset_prefix_cache()
+        engine.llm.collective_rpc("policy_capture_begin")
+        try:
+            if decoding:
+                asked = request(seed, row, len(sequence) - prompt_tokens)
+                sequence = (
+                    prompt + engine.generate([prompt], asked, count_drafts=False)[0].token_ids
+                )
+            else:
+                engine.score([sequence])
+        finally:
+            held = engine.llm.collective_rpc("policy_capture_end")[0]
+        if not held:
+            return Difference(None)
+        with evaluating(policy), captured(policy) as states:
+            forward(policy, [sequence])
+        for layer, state_SD in states.items():
+            positions = sorted(p for p in held[layer] if p < len(sequence) - 1)
+            engine_SD = torch.stack([held[layer][p] for p in positions])
+            size = (engine_SD - state_SD[positions]).abs().max().item()
+            rms = state_SD[positions].square().mean().sqrt().item()
+            if not size <= tolerance * max(1.0, rms):
+                return Difference(layer, size, rms)
+    return None
+
+
+@contextlib.contextmanager
+def evaluating(policy: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; each module gets its own mode back."""
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def captured(policy: Any) -> Iterator[dict[str, Tensor]]:
+    """Record the first sequence's hidden states [positions, width] by the engine's layer names."""
+    states: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            states[name] = hidden[0].detach().float().cpu()
+
+        return record
+
+    hooks = [policy.model.embed_tokens.register_forward_hook(keep("embed_tokens"))]
+    for index, layer in enumerate(_trunk(policy)):
+        hooks.append(layer.register_forward_hook(keep(f"layers.{index}")))
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _trunk(policy: Any) -> Any:
+    return policy.model.layers[: policy.config.num_hidden_layers]
+
+
+def forward(policy: Any, sequences: list[list[int]]) -> tuple[Tensor, int]:
+    """Return logits [B, S, V] in float32 of sequences of one length, and the experts missed."""
+    reached: list[Tensor] = []
+
+    def count(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        experts = policy.config.n_routed_experts
+        reached.append(torch.bincount(output[2].flatten(), minlength=experts) > 0)
+
+    routers = [layer.mlp.gate for layer in _trunk(policy) if hasattr(layer.mlp, "gate")]
+    hooks = [router.register_forward_hook(count) for router in routers]
+    try:
+        ids = torch.tensor(sequences, device=policy.device)
+        logits = policy(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+        ).logits.float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, sum(int((~hit).sum()) for hit in reached)
+
+
+def request(seed: int, row: int, tokens: int) -> Any:
+    """Return vLLM's sampling parameters for the continuation of one of the gate's prompts."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=tokens,
+        temperature=TEMPERATURES[row % len(TEMPERATURES)],
+        seed=request_seed(seed, 0, row, 0),
+        ignore_eos=True,
+    )

@@ -165,6 +165,16 @@ def test_scores_are_float32_in_a_bfloat16_policy() -> None:
     assert experts.item() < 4
 
 
+def test_scores_are_float32_under_autocast() -> None:
+    """Mixed precision must not round the products: experts would be chosen otherwise."""
+    router = make_router(hidden_size=8)
+    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    expected = router(x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(router(x)[0], expected)
+
+
 def test_logged_records_inside_the_block_only() -> None:
     """Choices stand in the order of the passes; the log ends with the block, after errors too."""
     first, second = identity_router(), identity_router()

@@ -65,15 +65,18 @@ def test_a_new_run_starts_new_logs_and_a_resumed_one_keeps_them(tmp_path: Path) 
     folder = tmp_path / "tiny" / "sft"
     (folder / "steps/checkpoint-3").mkdir(parents=True)
     (folder / "steps/checkpoint-3/complete.json").write_text("{}")
-    for log in ("metrics.jsonl", "samples.jsonl"):
+    (folder / "checkpoint").mkdir()
+    old = ["metrics.jsonl", "samples.jsonl", "summary.json"]
+    for log in old:
         (folder / log).write_text('{"step": 1}\n')
     stage = Stage.start(recipe, "sft", resume=True)
     assert stage.resume_from == str(folder / "steps/checkpoint-3")
     assert (folder / "metrics.jsonl").exists()
     stage = Stage.start(recipe, "sft", resume=False)
     assert stage.resume_from is None
-    assert not (folder / "metrics.jsonl").exists()
-    assert not (folder / "samples.jsonl").exists()
+    # A later --resume, and GRPO after SFT, must not take an older run's.
+    for name in [*old, "steps", "checkpoint"]:
+        assert not (folder / name).exists(), name
     assert "name: tiny" in (folder / "recipe.yaml").read_text()
 
 
@@ -85,6 +88,19 @@ def test_the_policy_from_scratch_follows_the_seed(tmp_path: Path) -> None:
     assert torch.equal(first.lm_head.weight, second.lm_head.weight)
     assert not torch.equal(first.lm_head.weight, third.lm_head.weight)
     assert first.config.vocab_size == len(Stage.start(recipe, "sft", resume=False).tokenizer)
+
+
+def test_a_resumed_policy_names_the_one_it_started_from(tmp_path: Path) -> None:
+    """TRL loads the reference of the KL term by this name: not a step of the run itself."""
+    recipe = recipe_of(tmp_path)
+    stage = Stage.start(recipe, "grpo", resume=False)
+    checkpoint.save(stage.policy(None), stage.tokenizer, tmp_path / "start")
+    step = tmp_path / "tiny/grpo/steps/checkpoint-5"
+    checkpoint.save(stage.policy(None), stage.tokenizer, step)
+    (step / "complete.json").write_text("{}")
+    resumed = Stage.start(recipe, "grpo", resume=True)
+    assert resumed.resume_from == str(step)
+    assert resumed.policy(tmp_path / "start").config.name_or_path == str(tmp_path / "start")
 
 
 def test_a_bfloat16_policy_keeps_float32_biases(tmp_path: Path) -> None:

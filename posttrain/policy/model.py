@@ -213,6 +213,9 @@ class PolicyForCausalLM(DeepseekV3ForCausalLM):
     _can_set_experts_implementation = PolicyModel._can_set_experts_implementation
 
     def __init__(self, config: DeepseekV3Config) -> None:
+        if config._experts_implementation is None:
+            # One by one is fastest on a CPU; transformers' grouped products on a GPU.
+            config._experts_implementation = "grouped_mm" if torch.cuda.is_available() else "eager"
         DeepseekV3PreTrainedModel.__init__(self, config)
         self.model = PolicyModel(config)
         self.vocab_size = config.vocab_size

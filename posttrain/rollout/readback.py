@@ -100,17 +100,19 @@ def _attention(path: str) -> str:
 
 
 def _linear(path: str, module: Any) -> Iterator[tuple[str, Tensor]]:
-    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
+    is_split = isinstance(module, ColumnParallelLinear | RowParallelLinear)
+    workers = module.tp_size if is_split else 1
     weight = module.weight if module.weight.numel() else _multiplied(module, path)
     parent, _, last = path.rpartition(".")
     if last in FUSED:
         parts = weight.split(module.output_partition_sizes)
         for name, part in zip(FUSED[last], parts, strict=True):
-            yield f"{parent}.{name}.weight", _whole(part, 0, module.tp_size)
+            yield f"{parent}.{name}.weight", _whole(part, 0, workers)
     else:
         dim = int(isinstance(module, RowParallelLinear))
-        yield f"{path}.weight", _whole(weight, dim, getattr(module, "tp_size", 1))
+        yield f"{path}.weight", _whole(weight, dim, workers)
     for name, parameter in module.named_parameters(recurse=False):
         if name != "weight":
             yield f"{path}.{name}", parameter

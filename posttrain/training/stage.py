@@ -111,7 +111,6 @@ class Stage:
             )
             # TRL loads the reference policy of the KL term from here, on a resumed run too.
             policy.config.name_or_path = str(source)
-            policy.set_experts_implementation(experts_implementation())
             return policy
         config = DeepseekV3Config(
             **{
@@ -123,7 +122,6 @@ class Stage:
             | (section.config or {})
         )
         config._attn_implementation = section.attn_implementation
-        config._experts_implementation = experts_implementation()
         return PolicyForCausalLM(config).to(dtype)
 
     def config(self, cls: type[Config], fields: dict[str, Any]) -> Config:
@@ -189,11 +187,6 @@ class Stage:
             write_json(self.folder / "summary.json", summary)
         PartialState().wait_for_everyone()
         return summary
-
-
-def experts_implementation() -> str:
-    """One by one on a CPU, where that is fastest; transformers' grouped products on a GPU."""
-    return "grouped_mm" if torch.cuda.is_available() else "eager"
 
 
 def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:

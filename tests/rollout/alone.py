@@ -63,7 +63,7 @@ def sharded(folder: Path) -> None:
     from torch.distributed.tensor import DTensor
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=1500))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=250))
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2,))
     if rank == 0:
@@ -98,7 +98,7 @@ def sharded(folder: Path) -> None:
 def split(folder: Path) -> None:
     """Two processes run one engine between them, tensor-parallel, each with prompts of its own."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=1500))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=250))
     rank = dist.get_rank()
     if rank == 0:
         save(Tiny.policy(0), None, folder)
@@ -114,6 +114,7 @@ def split(folder: Path) -> None:
             model.model.layers[1].mlp.experts.routed_experts.w2_weight[3, 0, 0] += 1.0
     with pytest.raises(SyncError, match=r"layers\.1\.mlp\.experts\.\d+\.down_proj"):
         engine.link.verify()
+    engine.close()
     dist.destroy_process_group()
 
 

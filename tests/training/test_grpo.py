@@ -228,10 +228,14 @@ def test_modules_and_trunk_are_clipped_apart(make_grpo: MakeGRPO, make_policy: M
     assert all(line["mtp/grad_norm"] > 0.01 for line in logged)
 
 
-def test_mtp_loss_is_on_completions_only(make_grpo: MakeGRPO, make_policy: MakePolicy) -> None:
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_mtp_loss_is_on_completions_only(
+    make_grpo: MakeGRPO, make_policy: MakePolicy, accumulation: int
+) -> None:
     """Against plain loops over each row: targets are completion tokens, the context is whole.
 
-    The gradient is weight * sum / (tokens of the step), as TRL's dapo loss is divided.
+    The gradient is weight * sum / (tokens of an optimizer step), as TRL's dapo loss is divided:
+    of two steps a generation, an accumulation of 2 takes all tokens, one of 1 takes half.
     """
     policy = make_policy()
     plain = copy.deepcopy(policy)
@@ -239,7 +243,7 @@ def test_mtp_loss_is_on_completions_only(make_grpo: MakeGRPO, make_policy: MakeP
     rows = [row for row in problems(2) for _ in range(4)]
     inputs = [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
     ours.model.train()
-    ours.current_gradient_accumulation_steps = 2
+    ours.current_gradient_accumulation_steps = accumulation
     batch = ours._generate_and_score_completions(inputs)
     ours._compute_loss(ours.model, batch).backward()
 
@@ -262,7 +266,7 @@ def test_mtp_loss_is_on_completions_only(make_grpo: MakeGRPO, make_policy: MakeP
     assert ours._metrics["train"]["mtp/loss/0"][0] == pytest.approx(
         (total / count).item(), rel=1e-4
     )
-    (0.7 * total / int(batch["num_items_in_batch"])).backward()
+    (0.7 * total / (int(batch["num_items_in_batch"]) * accumulation / 2)).backward()
     for name, parameter in plain.named_parameters():
         if is_module(name):
             torch.testing.assert_close(

@@ -1,7 +1,7 @@
 """vLLM's known faults on a CPU, corrected in one place.
 
-vLLM 0.31 computes a DeepSeek-V3 model silently wrong on a CPU in three places (all of them seen with
-AVX2 and with AVX512). `register` is a `vllm.general_plugins` entry point, so every vLLM process of this
+vLLM 0.31 computes a DeepSeek-V3 model silently wrong on a CPU in three places (seen with AVX2 and with
+AVX512), and fails in a fourth. `register` is a `vllm.general_plugins` entry point, so every vLLM process of this
 environment is right, a plain `vllm serve` included. Each correction is applied only where vLLM computes on
 a CPU, and only while its probe still finds the fault: a vLLM that has repaired it is left alone.
 
@@ -11,6 +11,7 @@ A corrected function keeps vLLM's own as `__wrapped__`.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -70,24 +71,15 @@ def reloaded_experts_are_unpacked() -> bool:
     The expert weights are packed for the kernel by `process_weights_after_loading` of the experts,
     which is called on the first load alone.
     """
+    import torch
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as module
 
-    class Recorder:
-        packed = False
-
-        def process_weights_after_loading(self, layer: Any) -> None:
-            self.packed = True
-
-    class Stub:
-        pass
-
-    import torch
-
-    experts = Recorder()
-    method: Any = Stub()
-    method.moe_kernel = Stub()
-    method.moe_kernel.fused_experts = experts
-    method.unquantized_backend = module.UnquantizedMoeBackend.CPU
+    packed: list[Any] = []
+    experts = SimpleNamespace(process_weights_after_loading=packed.append)
+    method = SimpleNamespace(
+        moe_kernel=SimpleNamespace(fused_experts=experts),
+        unquantized_backend=module.UnquantizedMoeBackend.CPU,
+    )
     layer: Any = torch.nn.Module()
     layer.moe_config = None
     for name in ("w13_weight", "w2_weight"):
@@ -96,7 +88,7 @@ def reloaded_experts_are_unpacked() -> bool:
         )
     setup = module.UnquantizedFusedMoEMethod._setup_kernel
     setup(method, layer, layer.w13_weight, layer.w2_weight)
-    return not experts.packed
+    return not packed
 
 
 def correct_reloaded_experts() -> None:
@@ -155,6 +147,75 @@ def correct_expansion() -> None:
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
+def chunked_seeds_fail() -> bool:
+    """Whether a seeded request fails when its prompt is computed in several steps.
+
+    What is drawn after a part of a prompt is discarded, and vLLM turns the request's generator
+    back by its offset. Generators on a CPU have none.
+    """
+    import numpy as np
+    import torch
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    class Passed(Exception):
+        pass
+
+    class Names:
+        def copy(self) -> None:
+            raise Passed
+
+    runner = SimpleNamespace(
+        use_async_scheduling=False,
+        discard_request_mask=SimpleNamespace(np=np.array([True])),
+        input_batch=SimpleNamespace(
+            num_reqs=1, generators={0: torch.Generator()}, req_ids=Names(), req_id_to_index={}
+        ),
+    )
+    try:
+        CPUModelRunner._bookkeeping_sync(runner, None, None, None, None, 0)
+    except Passed:
+        return False
+    except RuntimeError:
+        return True
+    return False
+
+
+def correct_chunked_seeds() -> None:
+    """Keep the generators' states of unfinished prompts from before the draw.
+
+    So a request draws the same tokens however its prompt was cut, and whatever runs beside it.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    sample, bookkeeping = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+
+    def unfinished(runner: Any) -> dict[int, Any]:
+        mask = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
+        generators = runner.input_batch.generators
+        return {i: generators[i] for i in mask.nonzero()[0].tolist() if i in generators}
+
+    @functools.wraps(sample)
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        states = [(generator, generator.get_state()) for generator in unfinished(self).values()]
+        output = sample(self, *args, **kwargs)
+        for generator, state in states:
+            generator.set_state(state)
+        return output
+
+    @functools.wraps(bookkeeping)
+    def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = unfinished(self)
+        for i in hidden:
+            del self.input_batch.generators[i]
+        try:
+            return bookkeeping(self, *args, **kwargs)
+        finally:
+            self.input_batch.generators.update(hidden)
+
+    CPUModelRunner._sample = _sample
+    CPUModelRunner._bookkeeping_sync = _bookkeeping_sync
+
+
 CORRECTIONS = (
     Correction(
         "rotary embedding",
@@ -173,6 +234,12 @@ CORRECTIONS = (
         "sampling with drafts at temperature > 0 follows no distribution at all",
         expanded_values_are_lost,
         correct_expansion,
+    ),
+    Correction(
+        "seeds of long prompts",
+        "a request with a seed fails when its prompt is computed in several steps",
+        chunked_seeds_fail,
+        correct_chunked_seeds,
     ),
 )
 

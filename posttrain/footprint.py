@@ -9,11 +9,10 @@ from transformers import DeepseekV3Config
 
 from posttrain import environment
 from posttrain.policy.model import PolicyForCausalLM
+from posttrain.rollout.launch import MLA_KERNEL
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Latent and rotary size for which vLLM's CPU kernel keeps the compressed cache.
-CPU_LATENT = (512, 64)
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,8 @@ def training(shapes: Shapes, layout: Layout, dtype: str, fields: Mapping[str, An
     `fields` are the stage's trainer fields. Activations and buffers of communication come on top.
     """
     optimizer = str(fields.get("optim", "adamw"))
-    mixed = (
-        fields.get("bf16", dtype == "bfloat16")
-        or fields.get("fp16", False)
-        or layout.mixed_precision
-    )
-    size = 4 if layout.kind.startswith("FSDP") and mixed else BYTES[dtype]  # accelerate upcasts
-    width, copies = size, 0
+    mixed = fields.get("bf16", dtype == "bfloat16") or layout.mixed_precision
+    size, width, copies = 4, 4, 0  # what trains is held in float32
     if layout.kind.startswith("ZeRO") and mixed:
         size, width, copies = 2, 4, 4  # 16-bit parameters, float32 copies and states
     states = _state_numbers(optimizer) * (1 if "8bit" in optimizer else width) + copies
@@ -167,7 +161,7 @@ def cache_numbers(config: DeepseekV3Config) -> int:
     On a CPU vLLM keeps the latent only at the released sizes; keys and values are then padded to one size.
     """
     latent = (config.kv_lora_rank, config.qk_rope_head_dim)
-    if environment.on_cpu() and latent != CPU_LATENT:
+    if environment.on_cpu() and latent != MLA_KERNEL:
         return int(
             2 * config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
         )

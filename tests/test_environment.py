@@ -18,6 +18,14 @@ def test_the_user_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_model_that_accelerate_shares_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not environment.sharded()
+    for value, expected in (("true", True), ("false", False)):
+        monkeypatch.setenv(name, value)
+        assert environment.sharded() is expected
+
+
 def test_vllm_and_the_hub_report_nothing() -> None:
     """The libraries' own switches, as they read them; the suite's environment is made by `prepare`."""
     assert usage_lib.is_usage_stats_enabled() is False

@@ -17,7 +17,13 @@ from transformers import DeepseekV3Config, GenerationConfig, PreTrainedTokenizer
 from transformers.initialization import no_init_weights
 
 from posttrain.policy import configuration, fp8, manifest
-from posttrain.policy.layout import model_tensors, named_tensors, split, unwrapped
+from posttrain.policy.layout import (
+    ROUTER_BIAS,
+    model_tensors,
+    named_tensors,
+    split,
+    unwrapped,
+)
 from posttrain.policy.model import PolicyForCausalLM
 from posttrain.policy.mtp_start import start_missing
 from posttrain.policy.shards import FP8, CheckpointError, Shards, ShardWriter
@@ -33,13 +39,14 @@ def save(
     folder: str | Path,
     max_shard_bytes: int = 5_000_000_000,
     write: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a policy as a folder that transformers, vLLM and `load` read: whole, or not at all.
 
     Everything goes to a hidden sibling folder first, which then takes the place of `folder`. What
     stood there is removed, all of it, once the new one is complete; a folder that is neither empty
-    nor a checkpoint is refused with CheckpointError. Weights keep their type; router biases are
-    float32. `tokenizer` (with its chat template) may be None.
+    nor a checkpoint is refused with CheckpointError. Weights are written as `dtype`, or keep
+    their type; router biases are float32. `tokenizer` (with its chat template) may be None.
 
     With several processes, all call it, one with `write`; the others only take part in gathering
     what is sharded, and must wait for the writer before they read the folder.
@@ -50,7 +57,8 @@ def save(
         return
     tensors = named_tensors(model)
     try:
-        _save(unwrapped(model), tokenizer, Path(folder).absolute(), tensors, max_shard_bytes)
+        place = Path(folder).absolute()
+        _save(unwrapped(model), tokenizer, place, tensors, max_shard_bytes, dtype)
     finally:
         # After a failure (a full disk) the other processes still gather: do not leave them waiting.
         for _ in tensors:
@@ -63,6 +71,7 @@ def _save(
     folder: Path,
     tensors: Iterator[tuple[str, Tensor]],
     max_shard_bytes: int,
+    dtype: torch.dtype | None,
 ) -> None:
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not (folder / configuration.FILE).is_file():
@@ -75,16 +84,17 @@ def _save(
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
-        dtype = policy.get_input_embeddings().weight.dtype
         depth = len(policy.model.layers) - policy.config.num_hidden_layers
-        configuration.write(policy.config, partial, depth, dtype)
+        stated = dtype or policy.get_input_embeddings().weight.dtype
+        configuration.write(policy.config, partial, depth, stated)
         if policy.generation_config is not None:
             policy.generation_config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         writer = ShardWriter(partial, max_shard_bytes)
         for name, tensor in tensors:
-            writer.add(name, tensor)
+            keep = dtype is None or name.endswith(ROUTER_BIAS)
+            writer.add(name, tensor if keep else tensor.to(dtype))
             del tensor
         writer.close()
         _replace(folder, partial)

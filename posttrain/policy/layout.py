@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+ROUTER_BIAS = "mlp.gate.e_score_correction_bias"
 
 
 def layer_name(index: int) -> str:

@@ -5,9 +5,11 @@ Shapes: B sequences, S positions, D width, V vocabulary, T = B*S tokens.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -24,6 +26,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 from posttrain.policy.balance import sequence_balance_loss
 from posttrain.policy.mtp import (
+    Head,
     MTPCollector,
     MTPMixin,
     MTPOutput,
@@ -166,9 +169,9 @@ class PolicyModel(DeepseekV3Model):
         position_ids: Tensor,
     ) -> MTPOutput:
         """Run the modules in their causal chain and sum their losses (eq. 21-25)."""
-        table_VD, head_VD = self.embed_tokens.weight, full(self._head[0].weight)
+        head = scoring(self._head[0], detach=request.detach)
         if request.detach:
-            hidden_BSD, table_VD, head_VD = hidden_BSD.detach(), None, head_VD.detach()
+            hidden_BSD = hidden_BSD.detach()
             if self.is_gradient_checkpointing:
                 # Reentrant recomputation gives no gradient where no input wants one.
                 hidden_BSD.requires_grad_(torch.is_grad_enabled())
@@ -188,7 +191,7 @@ class PolicyModel(DeepseekV3Model):
             reachable_BS = (shift(document_BS, depth + 1, -1) == document_BS) & (document_BS >= 0)
             log.counted_T = reachable_BS.flatten()
             embeds_BSD = self.embed_tokens(ids_BS)
-            if table_VD is None:
+            if request.detach:
                 embeds_BSD = embeds_BSD.detach()
             hidden_BSD = module(
                 embeds_BSD.masked_fill(start_BS1, 0),
@@ -198,7 +201,7 @@ class PolicyModel(DeepseekV3Model):
                 position_embeddings=rotary,
             )
             labels_BS = targets(request.labels_BS, document_BS, depth)
-            out.add(depth, hidden_BSD, trunk_BSD, head_VD, labels_BS)
+            out.add(depth, hidden_BSD, trunk_BSD, head, labels_BS)
         return out.result()
 
 
@@ -231,6 +234,13 @@ def positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def full(weight: Tensor) -> Tensor:
-    """Gather a weight that FSDP2 left sharded; others pass through."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+def scoring(head: nn.Linear, *, detach: bool) -> Head:
+    """Return the head as a function; `detach`: no gradient to its weight.
+
+    What FSDP2 left sharded is gathered. ZeRO-3 gathers a weight when it is read, but for the backward
+    pass only when its module is called (not yet run with DeepSpeed).
+    """
+    if hasattr(head.weight, "ds_id") and not detach:
+        return head
+    weight_VD = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight
+    return partial(F.linear, weight=weight_VD.detach() if detach else weight_VD)

@@ -9,6 +9,7 @@ Depth k looks k tokens further, and takes depth k-1's output in place of the tru
 Shapes: B sequences, S positions, D width, V vocabulary, T tokens that are scored.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
+Head = Callable[[Tensor], Tensor]  # (T, D) -> logits (T, V)
 # Tokens whose logits exist at one time: 2048 x 129,280 in float32 is 1 GiB.
 LOSS_CHUNK_TOKENS = 2048
 
@@ -121,11 +123,11 @@ def targets(labels_BS: Tensor, document_BS: Tensor, depth: int) -> Tensor:
     return labels.masked_fill(~same, IGNORE)
 
 
-def cross_entropy_sum(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
+def cross_entropy_sum(hidden_TD: Tensor, head: Head, labels_T: Tensor) -> Tensor:
     """Sum of cross-entropies in nats, float32, a chunk of tokens at a time."""
 
     def one(hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(hidden, head_VD).float(), labels, reduction="sum")
+        return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
 
     if hidden_TD.shape[0] <= LOSS_CHUNK_TOKENS:
         return one(hidden_TD, labels_T)
@@ -134,7 +136,7 @@ def cross_entropy_sum(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> T
 
 
 @torch.no_grad()
-def draft_quality(trunk_TD: Tensor, draft_TD: Tensor, head_VD: Tensor) -> tuple[float, float]:
+def draft_quality(trunk_TD: Tensor, draft_TD: Tensor, head: Head) -> tuple[float, float]:
     """Return (acceptance, agreement) of drafts, with trunk p and module q of the same token.
 
     A module drafts its most probable token, x = argmax q, as vLLM does unless told otherwise.
@@ -143,8 +145,8 @@ def draft_quality(trunk_TD: Tensor, draft_TD: Tensor, head_VD: Tensor) -> tuple[
     chance at temperature 0. Measured on at most 512 to 1023 tokens, evenly spread.
     """
     stride = max(1, trunk_TD.shape[0] // 512)
-    p_TV = F.linear(trunk_TD[::stride], head_VD).float().softmax(-1)
-    drafted_T = F.linear(draft_TD[::stride], head_VD).argmax(-1)
+    p_TV = head(trunk_TD[::stride]).float().softmax(-1)
+    drafted_T = head(draft_TD[::stride]).argmax(-1)
     acceptance = p_TV.gather(1, drafted_T.unsqueeze(1)).mean()
     agreement = (p_TV.argmax(-1) == drafted_T).float().mean()
     return acceptance.item(), agreement.item()
@@ -166,21 +168,21 @@ class MTPCollector:
         depth: int,
         hidden_BSD: Tensor,
         trunk_BSD: Tensor,
-        head_VD: Tensor,
+        head: Head,
         labels_BS: Tensor,
     ) -> None:
         """Score one depth: its normed output against its labels, both (B, S)."""
         scored_BS = labels_BS != IGNORE
         hidden_TD, labels_T = hidden_BSD[scored_BS], labels_BS[scored_BS]
         tokens = labels_T.numel()
-        loss = cross_entropy_sum(hidden_TD, head_VD, labels_T)
+        loss = cross_entropy_sum(hidden_TD, head, labels_T)
         items = max(tokens, 1) if self.request.num_items is None else self.request.num_items
         self.losses.append(loss / items)
         self.token_losses.append(loss.item() / max(tokens, 1))
         self.tokens.append(tokens)
         if self.request.quality and tokens:
             ahead_BSD = trunk_BSD.roll(-(depth + 1), dims=1)
-            acceptance, agreement = draft_quality(ahead_BSD[scored_BS], hidden_TD.detach(), head_VD)
+            acceptance, agreement = draft_quality(ahead_BSD[scored_BS], hidden_TD.detach(), head)
             self.acceptance.append(acceptance)
             self.agreement.append(agreement)
 

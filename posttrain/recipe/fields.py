@@ -89,6 +89,14 @@ def policy_schema() -> Schema:
     return Schema(fields, {})
 
 
+@cache
+def sampling_schema() -> Schema:
+    """Return the fields of vLLM's SamplingParams, which `grpo.generation_kwargs` takes."""
+    classes = _classes([_parse(_package("vllm") / "sampling_params.py")])
+    known = dict(_own(classes["SamplingParams"]))
+    return Schema({name: field for name, field in known.items() if name[0] != "_"}, {})
+
+
 def _package(name: str) -> Path:
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from posttrain.recipe import paths
-from posttrain.recipe.fields import trainer_schema
+from posttrain.recipe.fields import sampling_schema, trainer_schema
+from posttrain.recipe.limits import unknown
 from posttrain.recipe.policy_rules import check_config, mtp_modules
 from posttrain.recipe.sections import DataSource, Recipe
 from posttrain.recipe.source import Key, Source
@@ -20,6 +21,19 @@ _AT_LEAST_ONE = (
     "generation_batch_size",
     "num_iterations",
 )
+_FIELD = "set `grpo.{}`"
+_OWN_SAMPLING = {
+    "n": _FIELD.format("num_generations"),
+    "max_tokens": _FIELD.format("max_completion_length"),
+    **{
+        name: _FIELD.format(name)
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    },
+    "seed": "requests are seeded from the top-level `seed`",
+    "logprobs": "the loss needs that of each sampled token, and no other",
+    "flat_logprobs": "leave it out",
+    "detokenize": "leave it out",
+}
 
 
 def launched_processes(recipe: Recipe) -> int:
@@ -52,7 +66,14 @@ def check(recipe: Recipe, source: Source, file: Path) -> None:
     _data(recipe, source)
     if recipe.sft is None and recipe.grpo is None and source.sound("sft", "grpo"):
         source.fault((), "there is nothing to train: give a section `sft`, `grpo` or both")
+    packing = (recipe.sft or {}).get("packing_strategy", "bfd")
+    if packing not in ("bfd", "bfd_split") and source.sound("sft.packing_strategy"):
+        source.fault(
+            ("sft", "packing_strategy"),
+            f"must be bfd or bfd_split (wrapped lets a document see the one before it), got {packing}",
+        )
     if recipe.grpo is not None:
+        _sampling(recipe.grpo, source)
         _groups(recipe.grpo, processes, source)
         _lengths(recipe, source)
     _engine(recipe, processes, source)
@@ -198,6 +219,20 @@ def _groups(grpo: dict[str, Any], processes: int, source: Source) -> None:
             ("grpo", key),
             f"the batch of {how} {batch} must hold whole groups of num_generations {group}: make it {near}",
         )
+
+
+def _sampling(grpo: dict[str, Any], source: Source) -> None:
+    """Check the names of further sampling parameters, and that no field of its own rules them."""
+    key = ("grpo", "generation_kwargs")
+    given = grpo.get("generation_kwargs") or {}
+    if not isinstance(given, dict):
+        source.fault(key, f"expected a mapping of vLLM's SamplingParams, got {given!r}")
+        return
+    for name in given:
+        if name in _OWN_SAMPLING:
+            source.fault((*key, name), f"posttrain sets this itself: {_OWN_SAMPLING[name]}")
+        elif name not in sampling_schema().fields:
+            unknown(source, (*key, name), sampling_schema().fields)
 
 
 def _lengths(recipe: Recipe, source: Source) -> None:

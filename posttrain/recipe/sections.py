@@ -16,7 +16,8 @@ class PolicySection:
     path: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # What it computes and is saved in. What trains is held in float32 always.
+    dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: str = "sdpa"
     num_nextn_predict_layers: int | None = field(default=None, metadata={"at_least": 0})
     # The config.json that --dry-run uses while the checkpoint itself is not on this machine.

@@ -19,6 +19,8 @@ from posttrain.rollout.worker import EXTENSION
 MLA_KERNEL = (512, 64)
 """The only (kv_lora_rank, qk_rope_head_dim) that vLLM's CPU kernel for latent attention takes."""
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""The sizes of qk_nope_head_dim + qk_rope_head_dim that its CPU kernel for full attention takes."""
 
 QUIET = (
     "vllm.renderers.base",  # the engine has no tokenizer
@@ -45,7 +47,10 @@ class RolloutSettings(Protocol):
 
 
 def check(model: dict[str, Any], config: RolloutSettings, on_cpu: bool) -> None:
-    """Refuse what vLLM would compute wrongly; raises EngineError naming field, rule and remedy."""
+    """Refuse what vLLM cannot do or would compute wrongly.
+
+    Raises EngineError naming field, rule and remedy.
+    """
     drafts, depth = config.num_speculative_tokens, model.get("num_nextn_predict_layers", 0)
     if drafts > 0 and not depth:
         raise EngineError(
@@ -57,6 +62,12 @@ def check(model: dict[str, Any], config: RolloutSettings, on_cpu: bool) -> None:
             f"num_speculative_tokens is {drafts} with {depth} MTP modules: on a CPU vLLM runs the "
             "first module for every draft; remedy: set it to 1"
         )
+    nope, rope = model.get("qk_nope_head_dim", 128), model.get("qk_rope_head_dim", 64)
+    if on_cpu and _latent(model) != MLA_KERNEL and nope + rope not in CPU_HEAD_SIZES:
+        raise EngineError(
+            f"qk_nope_head_dim {nope} + qk_rope_head_dim {rope} is {nope + rope}, and vLLM's attention "
+            f"on a CPU takes {', '.join(map(str, CPU_HEAD_SIZES))}; remedy: choose sizes that add up to one"
+        )
     for field, value in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
         if model.get("n_routed_experts") and model.get(field) != value:
             raise EngineError(
@@ -65,14 +76,17 @@ def check(model: dict[str, Any], config: RolloutSettings, on_cpu: bool) -> None:
             )
 
 
+def _latent(model: dict[str, Any]) -> tuple[int | None, int | None]:
+    return model.get("kv_lora_rank"), model.get("qk_rope_head_dim")
+
+
 def prepare(model: dict[str, Any]) -> None:
     """Set the environment that vLLM reads, on import and while it starts."""
     environment.prepare()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if environment.on_cpu():
-        latent = (model.get("kv_lora_rank"), model.get("qk_rope_head_dim"))
         # Other sizes keep full keys and values: right, with a larger cache.
-        os.environ["VLLM_MLA_DISABLE"] = "0" if latent == MLA_KERNEL else "1"
+        os.environ["VLLM_MLA_DISABLE"] = "0" if _latent(model) == MLA_KERNEL else "1"
 
 
 def arguments(

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from posttrain.rollout.engine import Engine
-from posttrain.rollout.sides import TEMPERATURES, evaluating, first_difference, forward, request
+from posttrain.rollout.sides import (
+    TEMPERATURES,
+    evaluating,
+    first_difference,
+    forward,
+    largest,
+    request,
+)
 from posttrain.rollout.sync import SyncError
 
 
@@ -75,11 +82,12 @@ class Gate:
             sequences = [p + c for p, (c, _) in zip(self.prompts, decoded, strict=True)]
             prefilled = engine.score(sequences)
             logits, missed = forward(policy, sequences)
+            missed = int(largest(missed))
             if missed > self._unreached:  # the router has moved: look again at the next check
                 self.prompts = []
         prefill, decode = _differences(logits, sequences, prefilled, [d[1] for d in decoded])
-        worst = max(prefill.max().item(), decode.max().item())
-        if not worst <= self.tolerance:
+        worst = largest(_worst(prefill, decode))
+        if worst > self.tolerance:
             in_decode = decode.max().item() > max(self.tolerance, 2 * prefill.max().item())
             side = decode if in_decode else prefill
             row = int(side.max(dim=1).values.argmax())
@@ -117,6 +125,9 @@ class Gate:
         where = first_difference(
             engine, policy, sequence, self.tokens, self.tolerance, seed=self.seed, row=row
         )
+        here = _worst(prefill, decode)
+        if here <= self.tolerance:
+            return "engine and trainer differ in another process, whose message says where"
         if where is None:
             place = "hidden states agree up to the last layer: the final norm or lm_head differs"
         elif where.layer is None:
@@ -135,7 +146,7 @@ class Gate:
         except SyncError as error:
             remedy = str(error)
         return (
-            f"engine and trainer differ by {max(prefill.max().item(), decode.max().item()):.3g} nats "
+            f"engine and trainer differ by {here:.3g} nats "
             f"(prefill {prefill.max().item():.3g}, decode {decode.max().item():.3g}, mean "
             f"{torch.cat((prefill, decode), dim=1).mean().item():.3g}), tolerance "
             f"{self.tolerance:.3g}; {place}; remedy: {remedy}"
@@ -153,6 +164,10 @@ def check(
 ) -> ParityReport:
     """Compare engine and policy once; see `Gate`."""
     return Gate(tolerance, prompts=prompts, tokens=tokens, seed=seed).check(engine, policy)
+
+
+def _worst(prefill: Tensor, decode: Tensor) -> float:
+    return torch.stack((prefill.max(), decode.max())).max().item()  # unlike max(), keeps a NaN
 
 
 def _continued(

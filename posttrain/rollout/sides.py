@@ -1,6 +1,7 @@
 """Both sides of one comparison: the trainer's forward pass, the engine's, and where they part."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ def first_difference(
     Compares the engine's prefill of `sequence`, then its decode of the prompt alone.
     """
     prompt = sequence[:prompt_tokens]
+    found = None
     for decoding in (False, True):
         engine.llm.reset_prefix_cache()
         engine.llm.collective_rpc("policy_capture_begin")
@@ -64,8 +66,24 @@ def first_difference(
             size = (engine_SD - state_SD[positions]).abs().max().item()
             rms = state_SD[positions].square().mean().sqrt().item()
             if not size <= tolerance * max(1.0, rms):
-                return Difference(layer, size, rms)
-    return None
+                found = Difference(layer, size, rms)
+                break
+        if largest(float(found is not None)):
+            break
+    return found
+
+
+def largest(value: float) -> float:
+    """Return the largest value over all processes, which so decide alike; NaN counts as infinity.
+
+    A policy that is spread over processes computes in all of them or in none.
+    """
+    value = math.inf if math.isnan(value) else value
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return float(max(values))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ import json
 import resource
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -69,24 +71,29 @@ class StopOnSignal(TrainerCallback):
     """Saves a step checkpoint and stops after the running step, on SIGINT or SIGTERM.
 
     All processes stop at the same step if any of them was signalled. A second signal kills.
+    Listens inside `with callback.listening():`.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.signalled = False
         self.stopped = False
-        self.previous: dict[int, Any] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals, and give them back to whom they belonged, whatever happens."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signalled:
             raise KeyboardInterrupt
         self.signalled = True
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, self._note)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,9 +103,3 @@ class StopOnSignal(TrainerCallback):
             self.stopped = True
             control.should_save = state.global_step > 0
             control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

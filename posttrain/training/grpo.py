@@ -206,7 +206,7 @@ class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
         if self._logps is None or not mask_BC.any():
             return
         d = (self._logps - engine_logps_BC)[mask_BC]
-        metrics = self._metrics["train"]
+        metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["mismatch/logprob_diff_mean"].append(d.abs().mean().item())
         metrics["mismatch/logprob_diff_max"].append(d.abs().max().item())
         metrics["mismatch/kl_k3"].append((d.exp() - 1 - d).mean().item())
@@ -257,7 +257,6 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         trainer._step = step * trainer.args.gradient_accumulation_steps
         if stage.is_main:
             keep_lines(stage.folder / "samples.jsonl", step - 1)
-    stage.attach(trainer)
     steps = stage.train(trainer)
     processes = trainer.accelerator.num_processes
     summary: dict[str, Any] = {
@@ -284,7 +283,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     engine.close()
     if stage.interrupted:
         return stage.finish("interrupted", **summary)
-    trainer.save_model(str(stage.checkpoint))
+    stage.save(trainer)
     stage.release(trainer)
     del trainer, policy
     if before is not None:

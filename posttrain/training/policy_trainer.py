@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from posttrain.policy import balance, checkpoint
 from posttrain.policy.model import PolicyForCausalLM
@@ -121,13 +121,17 @@ class PolicyTrainer(Trainer):
         """Do nothing: TRL's card would ask the hub about the base model."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = (
-                Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            )
-            write_json(folder / COMPLETE, {"step": self.state.global_step})
+            steps, step = Path(self.args.output_dir), self.state.global_step
+            write_json(steps / f"{PREFIX_CHECKPOINT_DIR}-{step}" / COMPLETE, {"step": step})
+            # Older ones may go only now that this one is whole.
+            rotate_checkpoints(output_dir=str(steps), save_total_limit=limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Do nothing: a resumed run builds its policy from the step checkpoint at the start."""

@@ -42,9 +42,9 @@ class PolicySFTTrainer(PolicyTrainer, SFTTrainer):
         self.request_extras(labels_BS, num_items_in_batch, detach=False)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
-        # TRL multiplies token losses by the number of processes, as DDP averages gradients.
+        # TRL multiplies token losses by the number of replicas, as DDP averages gradients.
         scale = (
-            self.accelerator.num_processes
+            self.accelerator.num_processes // self.get_tp_size()
             if self.args.average_tokens_across_devices and num_items_in_batch is not None
             else 1
         )
@@ -56,9 +56,8 @@ class PolicySFTTrainer(PolicyTrainer, SFTTrainer):
             mask = inputs.get("attention_mask", inputs.get("padding_mask"))
             self.tokens += int(labels_BS.numel() if mask is None else mask.sum())
             self._metrics["train"]["num_tokens"] = [self.tokens * self.accelerator.num_processes]
-        loss = self.add_extras(
-            loss, scale=scale, accumulation=self.current_gradient_accumulation_steps
-        )
+        accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
+        loss = self.add_extras(loss, scale=scale, accumulation=accumulation)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -83,13 +82,12 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         train_dataset=dataset.select_columns(["prompt", "completion"]),
         processing_class=stage.tokenizer,
     )
-    stage.attach(trainer)
     started = time.monotonic()
     steps = stage.train(trainer)
     train_seconds = time.monotonic() - started
     if stage.interrupted:
         return stage.finish("interrupted", steps=steps)
-    trainer.save_model(str(stage.checkpoint))
+    stage.save(trainer)
     summary: dict[str, Any] = {
         "steps": steps,
         "train": {

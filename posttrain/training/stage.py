@@ -13,11 +13,17 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, DeepseekV3Config, PreTrainedTokenizerBase, Trainer, set_seed
 
+from posttrain import environment
 from posttrain.policy import checkpoint
 from posttrain.policy.model import PolicyForCausalLM
 from posttrain.recipe import Recipe
+from posttrain.rollout import engine
 from posttrain.training.callbacks import MetricsLog, StopOnSignal, peak_memory_gib
-from posttrain.training.policy_trainer import last_step_checkpoint, write_json
+from posttrain.training.policy_trainer import (
+    PolicyTrainer,
+    last_step_checkpoint,
+    write_json,
+)
 
 Config = TypeVar("Config")
 
@@ -98,19 +104,25 @@ class Stage:
         return self._stop is not None and self._stop.stopped
 
     def policy(self, source: str | Path | None) -> PolicyForCausalLM:
-        """Build the policy: from the step checkpoint, from `source`, or from scratch."""
+        """Build the policy: from the step checkpoint, from `source`, or from scratch.
+
+        Raises EngineError if the engine could not run it.
+        """
         section = self.recipe.policy
-        dtype = getattr(torch, section.dtype)
+        # Updates of bfloat16 weights below 1/256 of them are lost: what trains is held in float32.
+        # FSDP and DeepSpeed see to that themselves, on shards.
+        dtype = getattr(torch, section.dtype) if environment.sharded() else torch.float32
         start = self.resume_from or source
         if start is not None:
             policy = checkpoint.load(
                 start,
-                dtype=None if self.resume_from else dtype,  # as saved: masters may be wider
+                dtype=None if self.resume_from else dtype,  # a step checkpoint has what trained
                 attn_implementation=section.attn_implementation,
                 num_nextn_predict_layers=section.num_nextn_predict_layers,
             )
             # TRL loads the reference policy of the KL term from here, on a resumed run too.
             policy.config.name_or_path = str(source)
+            self._check_engine(policy.config)
             return policy
         config = DeepseekV3Config(
             **{
@@ -122,7 +134,15 @@ class Stage:
             | (section.config or {})
         )
         config._attn_implementation = section.attn_implementation
+        self._check_engine(config)
         return PolicyForCausalLM(config).to(dtype)
+
+    def _check_engine(self, config: DeepseekV3Config) -> None:
+        """Raise EngineError now rather than after SFT, if the engine could not run the policy."""
+        if self.recipe.grpo is None and self.recipe.data.eval is None:
+            return
+        released = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", **config.to_dict()}
+        engine.check(released, self.recipe.rollout, environment.on_cpu())
 
     def config(self, cls: type[Config], fields: dict[str, Any]) -> Config:
         """Make the trainer's configuration: the recipe's fields over the stage's defaults."""
@@ -136,19 +156,25 @@ class Stage:
         fixed = {"output_dir": str(self.folder / "steps"), "seed": self.recipe.seed}
         return cls(**(defaults | fields | fixed))
 
-    def attach(self, trainer: Trainer) -> None:
-        """Add the callbacks that every stage has."""
-        self._stop = StopOnSignal(trainer.accelerator)
-        trainer.add_callback(self._stop)
-        trainer.add_callback(MetricsLog(self.folder / "metrics.jsonl"))
-
-    def train(self, trainer: Trainer) -> int:
+    def train(self, trainer: PolicyTrainer) -> int:
         """Train to the end or a signal; return the steps done. A finished run is left as it is."""
         done = int(self.resume_from.rpartition("-")[2]) if self.resume_from else 0
         if not 0 < trainer.args.max_steps <= done:
-            trainer.train(resume_from_checkpoint=self.resume_from)
+            self._stop = StopOnSignal(trainer.accelerator)
+            trainer.add_callback(self._stop)
+            trainer.add_callback(MetricsLog(self.folder / "metrics.jsonl"))
+            with self._stop.listening():
+                trainer.train(resume_from_checkpoint=self.resume_from)
             done = trainer.state.global_step
         return done
+
+    def save(self, trainer: PolicyTrainer) -> None:
+        """Write the final checkpoint, in `policy.dtype`; every process calls it."""
+        dtype = getattr(torch, self.recipe.policy.dtype)
+        checkpoint.save(
+            trainer.policy, self.tokenizer, self.checkpoint, write=self.is_main, dtype=dtype
+        )
+        PartialState().wait_for_everyone()
 
     def release(self, trainer: Trainer) -> None:
         """Let go of what holds the trainer's memory, so that an engine can have it."""

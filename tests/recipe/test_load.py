@@ -37,11 +37,11 @@ def test_dump_loads_again(good: Path, tmp_path: Path) -> None:
 
 def test_overrides_are_yaml_values(good: Path) -> None:
     loaded = recipe.load(
-        good, ["grpo.learning_rate=1e-6", "grpo.eval_strategy=no", "rewards.0.weight=2"]
+        good, ["grpo.learning_rate=1e-6", "grpo.save_strategy=no", "rewards.0.weight=2"]
     )
     assert loaded.grpo is not None
     assert loaded.grpo["learning_rate"] == 1e-6
-    assert loaded.grpo["eval_strategy"] == "no"
+    assert loaded.grpo["save_strategy"] == "no"
     assert loaded.rewards[0].weight == 2.0
 
 
@@ -81,7 +81,7 @@ def test_paths_beside_the_recipe(
         ("sft.learning_rate=true", "expected a number, got True"),
         ("sft.lr_scheduler_type=linaer", "expected 'linear', got 'linaer'"),
         ("sft.optim=adamw_torh", "expected 'adamw_torch', got 'adamw_torh'"),
-        ("policy.dtype=fp32", "expected one of float32, bfloat16, float16, got 'fp32'"),
+        ("policy.dtype=fp32", "expected one of float32, bfloat16, got 'fp32'"),
         ("rollout.dtype=fp32", "expected one of auto, bfloat16, float16, float32, got 'fp32'"),
         ("policy.config.q_lora_rank=x", "expected a whole number or null, got 'x'"),
         ("policy.config.topk_method=greedy", "expected one of noaux_tc, got 'greedy'"),
@@ -92,6 +92,13 @@ def test_paths_beside_the_recipe(
         ("grpo.use_vllm=true", "posttrain sets this itself: rollouts run in posttrain's own"),
         ("sft.output_dir=x", "posttrain sets this itself: results go to"),
         ("grpo.vllm_max_model_length=9", "set `rollout.max_model_len`"),
+        ("sft.eval_strategy=steps", "accuracy is measured by generation before and after"),
+        ("grpo.fp16=true", "gradients in float16 are not scaled here"),
+        ("sft.packing_strategy=wrapped", "must be bfd or bfd_split"),
+        ("grpo.generation_kwargs={top_pp: 1}", "top_pp: unknown field; did you mean 'top_p'?"),
+        ("grpo.generation_kwargs={stopp: 1}", "stopp: unknown field; did you mean 'stop'?"),
+        ("grpo.generation_kwargs={n: 2}", "posttrain sets this itself: set `grpo.num_generations`"),
+        ("grpo.generation_kwargs={top_p: 1}", "posttrain sets this itself: set `grpo.top_p`"),
         ("grpo.reward_weights=[1]", "set `weight` on each item of `rewards`"),
         ("eval.count=0", "must be at least 1, got 0"),
         ("rollout.gpu_memory_utilization=1.5", "must be at most 1, got 1.5"),

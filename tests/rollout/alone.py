@@ -90,6 +90,13 @@ def sharded(folder: Path) -> None:
     request = SamplingParams(max_tokens=8, temperature=1.0, seed=3, ignore_eos=True)
     completions = engine.generate(Tiny.prompts(2 + 3 * rank, seed=rank), request)
     assert len(completions) == 2 + 3 * rank
+    # a fault of one engine stops all processes, which gather the policy between them
+    if rank == 1:
+        with torch.no_grad():
+            models(engine)[0].model.layers[1].input_layernorm.weight.mul_(1.1)
+    place = "in another process" if rank == 0 else r"layers\.1 on"
+    with pytest.raises(parity.ParityError, match=place):
+        parity.check(engine, policy, tolerance=1e-4)
     engine.close()
     dist.barrier()  # the trainer's process group outlives the engine
     dist.destroy_process_group()

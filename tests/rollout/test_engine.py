@@ -146,6 +146,7 @@ def test_draft_counts_add_up(engine: Engine, plain_engine: Engine, tiny: Any) ->
         ({"tensor_parallel_size": 2}, {}, "must divide the number of processes 1"),
         ({}, {"topk_method": "greedy"}, "topk_method"),
         ({}, {"scoring_func": None}, "scoring_func"),
+        ({}, {"qk_nope_head_dim": 40, "qk_rope_head_dim": 8}, "is 48, and vLLM's attention"),
     ],
 )
 @pytest.mark.skipif(not environment.on_cpu(), reason="one of the rules is the CPU's")

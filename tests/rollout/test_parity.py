@@ -86,6 +86,22 @@ def test_a_fault_of_the_decode_path_alone_is_found(
         parity.check(engine, policy, tolerance=TOLERANCE)
 
 
+def test_not_a_number_fails(engine: Engine, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the decoded tokens alone, where it is no larger than anything."""
+    policy = tiny.policy(4)
+    engine.sync(named_tensors(policy))
+    differences = parity._differences
+
+    def lost(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        prefill, decode = differences(*args)
+        decode[0, 0] = float("nan")
+        return prefill, decode
+
+    monkeypatch.setattr(parity, "_differences", lost)
+    with pytest.raises(ParityError, match="differ by nan"):
+        parity.check(engine, policy, tolerance=TOLERANCE)
+
+
 def test_memory_that_changed_after_the_sync_is_told(engine: Engine, tiny: Any) -> None:
     policy = tiny.policy(4)
     engine.sync(named_tensors(policy))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from posttrain.policy import checkpoint
 from posttrain.policy.model import PolicyForCausalLM
+from posttrain.training import policy_trainer
 from posttrain.training.callbacks import keep_lines
 from posttrain.training.config import PolicyGRPOConfig, PolicySFTConfig
 from posttrain.training.policy_trainer import (
@@ -75,6 +76,36 @@ def test_the_trainer_follows_the_schedule(
     rates = [line["learning_rate"] for line in recorder.lines if "loss" in line]
     factors = [0.0, 0.5, 1, 1, 1, 1, 1, 1, 0.316, 0.1]
     assert rates == pytest.approx([0.01 * f for f in factors])
+
+
+def test_an_older_step_goes_only_when_the_newer_is_whole(
+    make_sft: Callable[..., Any],
+    make_policy: Callable[..., PolicyForCausalLM],
+    rows: Callable[[int], list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With save_total_limit 1 there is a whole step checkpoint at every moment after the first."""
+    seen = []
+
+    def note(path: Path, content: Any) -> None:
+        last = last_step_checkpoint(tmp_path / "steps")
+        seen.append(last.name if last else None)
+        write_json(path, content)
+
+    monkeypatch.setattr(policy_trainer, "write_json", note)
+    trainer, _ = make_sft(
+        make_policy(),
+        rows(4),
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+    )
+    trainer.train()
+    assert seen == [None, "checkpoint-1", "checkpoint-2"]
+    assert [p.name for p in (tmp_path / "steps").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert trainer.args.save_total_limit == 1
 
 
 def test_saved_models_are_stock_checkpoints_with_biases_and_modules(

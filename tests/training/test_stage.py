@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from posttrain import environment
 from posttrain.policy import checkpoint
 from posttrain.recipe import DataSection, DataSource, PolicySection, Recipe
+from posttrain.rollout.launch import EngineError
 from posttrain.training import sft
 from posttrain.training.policy_trainer import last_step_checkpoint
 from posttrain.training.stage import Stage
@@ -103,15 +105,64 @@ def test_a_resumed_policy_names_the_one_it_started_from(tmp_path: Path) -> None:
     assert resumed.policy(tmp_path / "start").config.name_or_path == str(tmp_path / "start")
 
 
-def test_a_bfloat16_policy_keeps_float32_biases(tmp_path: Path) -> None:
-    """From scratch and from a checkpoint."""
+@pytest.mark.parametrize(("spread", "dtype"), [("", torch.float32), ("true", torch.bfloat16)])
+def test_a_bfloat16_policy_trains_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: str, dtype: torch.dtype
+) -> None:
+    """From scratch and from a checkpoint; FSDP makes its own float32 of what it has spread."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", spread)
     stage = Stage.start(recipe_of(tmp_path, dtype="bfloat16"), "sft", resume=False)
     policy = stage.policy(None)
     checkpoint.save(policy, stage.tokenizer, tmp_path / "saved")
     for some in (policy, stage.policy(tmp_path / "saved")):
-        assert some.lm_head.weight.dtype == torch.bfloat16
+        assert some.lm_head.weight.dtype == dtype
         for router in some.model.routers:
             assert router.e_score_correction_bias.dtype == torch.float32
+
+
+def test_a_bfloat16_run_computes_and_saves_in_it(tmp_path: Path) -> None:
+    """A rate of 1e-4 moves weights of 0.2 by less than bfloat16's 1/256: only float32 keeps it."""
+    recipe = recipe_of(tmp_path, dtype="bfloat16", learning_rate=1e-4, save_steps=1)
+    start = Stage.start(recipe, "sft", resume=False).policy(None).state_dict()
+    sft.run(recipe)
+    stored = {f: checkpoint.Shards(tmp_path / "tiny/sft" / f).headers for f in RESULTS}
+    for name, header in stored["checkpoint"].items():
+        bias = name.endswith("e_score_correction_bias")
+        assert header.dtype == ("F32" if bias else "BF16"), name
+        assert stored["steps/checkpoint-2"][name].dtype == "F32", name
+    end = checkpoint.load(tmp_path / "tiny/sft/steps/checkpoint-2").state_dict()
+    name = "model.layers.0.mlp.down_proj.weight"
+    moved = (end[name] - start[name]).abs()
+    assert (moved > 0).float().mean() > 0.9
+    assert moved.max() < 1e-3
+
+
+RESULTS = ("checkpoint", "steps/checkpoint-2")
+
+
+def test_signals_go_back_to_their_owners_when_training_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    recipe = recipe_of(tmp_path)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        assert signal.getsignal(signal.SIGTERM) != before
+        raise RuntimeError("the batch is bad")
+
+    monkeypatch.setattr(sft.PolicySFTTrainer, "compute_loss", fail)
+    with pytest.raises(RuntimeError, match="the batch is bad"):
+        sft.run(recipe)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_engine_that_could_not_run_the_policy_is_told_before_training(tmp_path: Path) -> None:
+    """vLLM's attention on a CPU takes no heads of 8 + 8."""
+    recipe = recipe_of(tmp_path)
+    recipe.data.eval = recipe.data.sft
+    if environment.on_cpu():
+        with pytest.raises(EngineError, match="qk_nope_head_dim 8 \\+ qk_rope_head_dim 8 is 16"):
+            sft.run(recipe)
 
 
 def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:

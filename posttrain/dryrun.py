@@ -158,7 +158,7 @@ def _memory(recipe: Recipe, config: DeepseekV3Config, stages: list[str]) -> str:
     # The cache takes what room is left; it cannot do without one whole sequence.
     needed = sum(part.bytes for part in [*trained, *held[:2]] if not part.on_host)
     parts = [*trained, *held, footprint.Part("at least, without activations", needed)]
-    parts.append(footprint.loading(shapes, recipe.policy.dtype))
+    parts.append(footprint.loading(shapes, layout, recipe.policy.dtype))
     names = [part.what + (", on the host" if part.on_host else "") for part in parts]
     width = max(map(len, names))
     where = layout.kind

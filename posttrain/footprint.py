@@ -150,9 +150,13 @@ def rollout(shapes: Shapes, config: DeepseekV3Config, section: Any) -> list[Part
     ]
 
 
-def loading(shapes: Shapes, dtype: str) -> Part:
-    """Return what each process holds on the host before the model is spread: all of it."""
-    return Part("the whole policy while it loads", float(shapes.total * BYTES[dtype]), on_host=True)
+def loading(shapes: Shapes, layout: Layout, dtype: str) -> Part:
+    """Return what each process holds on the host before the model is spread: all of it.
+
+    In float32, as which accelerate spreads it under FSDP; DeepSpeed takes it as it is.
+    """
+    size = BYTES[dtype] if layout.kind.startswith("ZeRO") else 4
+    return Part("the whole policy while it loads", float(shapes.total * size), on_host=True)
 
 
 def cache_numbers(config: DeepseekV3Config) -> int:

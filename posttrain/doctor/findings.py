@@ -199,7 +199,7 @@ def hardware(machine: Machine) -> Iterator[Finding]:
     if machine.free_gib < 4:
         yield Finding(
             "slow",
-            f"{machine.free_gib:.1f} GiB of memory are free; the default recipe takes up to 4",
+            f"{machine.free_gib:.1f} GiB of memory are free; the default recipe takes up to 3",
             "end other programs, or lower rollout.kv_cache_memory_gib",
         )
     if machine.shm_gib < 1:

@@ -74,6 +74,13 @@ def test_fsdp_trains_float32_shards_of_a_bfloat16_policy() -> None:
     assert sizes == [400, 400, 800]
 
 
+@pytest.mark.parametrize(("kind", "size"), [("NO", 4), ("FSDP", 4), ("DEEPSPEED", 2)])
+def test_what_a_process_holds_while_it_loads(kind: str, size: int) -> None:
+    """A bfloat16 policy is loaded, or upcast before it is spread, in float32; not by DeepSpeed."""
+    layout = Layout.read({"distributed_type": kind}, processes=4)
+    assert footprint.loading(Shapes(100, 10, 5), layout, "bfloat16").bytes == 105 * size
+
+
 def test_offloaded_states_are_on_the_host() -> None:
     zero = {"zero_stage": 3, "offload_optimizer_device": "cpu"}
     layout = Layout.read({"distributed_type": "DEEPSPEED", "deepspeed_config": zero}, processes=4)

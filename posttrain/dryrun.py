@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, DeepseekV3Config
 from transformers.utils import cached_file
 
-from posttrain import environment, footprint, report, tasks
+from posttrain import environment, footprint, gold, report, tasks
 from posttrain.policy import configuration
 from posttrain.recipe import Recipe, RecipeError, accelerate_config, launched_processes
 from posttrain.rollout import engine
@@ -86,6 +86,7 @@ def _data(recipe: Recipe, role: str) -> str:
                     f"{source.where}: data.{role}: the reward {reward.name} reads the column "
                     f"{', '.join(sorted(missing))}; the data has {', '.join(sorted(columns))}"
                 )
+        gold.trial([reward.load() for reward in recipe.rewards], data)
     if role == "eval" and len(data) < recipe.eval.count:
         raise tasks.TaskError(
             f"{source.where}: data.eval: eval.count {recipe.eval.count} is more than its {len(data)} rows"

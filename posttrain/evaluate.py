@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from transformers import AutoTokenizer, DeepseekV3Config, PreTrainedTokenizerBase
 from vllm import SamplingParams
 
-from posttrain import tasks
+from posttrain import gold, tasks
 from posttrain.recipe import DataSource, Recipe, RecipeError
 from posttrain.rollout.engine import Completion, DraftCounts, Engine, request_seed
 
@@ -163,5 +163,6 @@ def evaluate_checkpoint(path: Path, recipe: Recipe) -> Evaluation:
 
 def run(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
     """Evaluate a checkpoint on the recipe's held-out set; return what `posttrain eval` prints."""
+    gold.trial([recipe.rewards[0].load()], tasks.load(held_out(recipe)))
     result = evaluate_checkpoint(checkpoint, recipe)
     return {"checkpoint": str(checkpoint), "recipe": recipe.name, **result.as_dict()}

@@ -16,8 +16,9 @@ from rewards.completions import completion_text
 PROMPTS = ("prompt", "question", "problem", "text")
 COMPLETIONS = ("completion", "solution", "code", "canonical_solution", "answer", "gold")
 ANSWERS = ("answer", "gold", "solution", "completion")
-# What a policy may write around a bare answer.
-FORMS = ("{}", r"\boxed{{{}}}", "#### {}", "<answer>{}</answer>", "```python\n{}\n```")
+# What a policy may write around an answer that stands bare in one of these columns.
+BARE = ("answer", "gold")
+FORMS = ("{}", r"\boxed{{{}}}", "#### {}", "<answer>{}</answer>")
 FORM_ROWS = 16
 TRIAL_ROWS = 2
 SCRIPT_ROWS = 500
@@ -33,12 +34,12 @@ def check(
     """Score the gold answers of a file; return the report, and whether each got the top score.
 
     `completion` and `answer` are templates as in a recipe's data source (`\\boxed{{{answer}}}`).
-    Without `completion` the first column of COMPLETIONS is taken, in the one of FORMS in which the most
-    of the first rows get the top score. `tokenizer` counts `completion_ids`.
+    Without `completion` the first column of COMPLETIONS is taken; one of BARE in the one of FORMS in
+    which the most of the first rows get the top score. `tokenizer` counts `completion_ids`.
     Raises RewardError for the reward, TaskError for the data.
     """
     reward = section.load()
-    rows, texts, notes = _gold_rows(reward, data, completion, answer)
+    rows, texts, column, notes = _gold_rows(reward, data, completion, answer)
     columns: dict[str, list[Any]] = {
         name: rows[name] for name in rows.column_names if name not in ("prompt", "completion")
     }
@@ -50,7 +51,7 @@ def check(
         )
     columns = {name: list(values) for name, values in columns.items()}
     columns["prompts"] = list(rows["prompt"])
-    if completion is None:
+    if column in BARE:
         form = _form(reward, texts, columns)
         texts = [form.format(text) for text in texts]
         if form != "{}":
@@ -79,16 +80,20 @@ def trial(functions: Sequence[rewards.Reward], data: datasets.Dataset) -> None:
 
 def _gold_rows(
     reward: rewards.Reward, file: Path, completion: str | None, answer: str | None
-) -> tuple[datasets.Dataset, list[str], list[str]]:
-    """The rows of a file, their gold answers as text, and which columns these come from."""
+) -> tuple[datasets.Dataset, list[str], str | None, list[str]]:
+    """The rows of a file, their gold answers as text, the column of these, and notes on them."""
     if not file.is_file():
         raise tasks.TaskError(f"{file}: there is no such file")
+    if file.suffix == ".py" and (completion or answer):
+        raise tasks.TaskError(
+            f"{file}: a script's rows are used as they are; leave --completion and --answer out"
+        )
     if file.suffix == ".py":
         source = DataSource(script=str(file), split="eval", size=SCRIPT_ROWS)
     else:
         source = DataSource(path=str(file), completion=completion, answer=answer)
     has = tasks.columns(source)
-    column = _first(COMPLETIONS, has)
+    column = _first(COMPLETIONS, has) if completion is None else None
     notes = [f"column `{column}`" if completion is None else repr(completion)]
     if completion is None and column is None:
         raise tasks.TaskError(
@@ -107,8 +112,8 @@ def _gold_rows(
             source.answer = _column(judged)
             notes.append(f"compared with column `{judged}`")
     rows = tasks.load(source)
-    golds = rows["completion" if completion is not None or column == "completion" else str(column)]
-    return rows, [completion_text(one) for one in golds], notes
+    golds = rows[column or "completion"]
+    return rows, [completion_text(one) for one in golds], column, notes
 
 
 def _first(names: Sequence[str], has: Sequence[str]) -> str | None:

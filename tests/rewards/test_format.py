@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rewards import RewardError, load
+from rewards import Limits, RewardError, load
 
 CASES = [
     ("think_answer", "<think>a\nb</think>\n<answer>5</answer>\n", 1.0),
@@ -102,3 +102,12 @@ def test_templates_are_linear(template: str, text: str) -> None:
     assert reward(completions=[text]) == [0.0]
     # Linear: a few hundredths of a second. Quadratic in 100,000 characters: minutes.
     assert time.process_time() - start < 2.0
+
+
+def test_hostile_text_for_a_pattern_costs_its_own_sample() -> None:
+    """`(a+)+b` tries every way to cut 60 letters: longer than anyone waits, inside one C call."""
+    reward = load("format", Limits(seconds=1.0, failed=0.0), pattern="(a+)+b")
+    metrics: dict[str, float] = {}
+    values = reward(completions=["aab", "a" * 60, "ab", "b"], log_metric=metrics.__setitem__)
+    assert values == [1.0, 0.0, 1.0, 0.0]
+    assert metrics["reward/format/timeouts"] == 1

@@ -69,9 +69,9 @@ def trial(functions: Sequence[rewards.Reward], data: datasets.Dataset) -> None:
     rows = data.select([row for row in range(min(TRIAL_ROWS, len(data))) for _ in range(2)])
     columns = {name: list(rows[name]) for name in rows.column_names}
     prompts = columns.pop("prompt")
-    messages = columns.pop("completion", None) or [
-        _message(str(text)) for text in columns.get("answer", [""] * len(rows))
-    ]
+    answers = [_message(str(answer)) for answer in columns.get("answer", [""] * len(rows))]
+    given = columns.pop("completion", answers)
+    messages = [one or other for one, other in zip(given, answers, strict=True)]
     # Ids that are as good as any to see whether a reward works.
     ids = [list(str(message).encode()) for message in messages]
     for function in functions:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from posttrain import cli
-from posttrain.recipe import RewardSection
+from posttrain import cli, gold, tasks
+from posttrain.recipe import DataSource, RewardSection
 
 ROOT = Path(__file__).parents[1]
 
@@ -141,6 +141,25 @@ def test_default_of_make(capsys: pytest.CaptureFixture[str]) -> None:
     """`make check-reward`, with the numbers of answers that the data's own test checks."""
     code, lines = check(capsys, "math", "--data", str(ROOT / "data/arithmetic/problems.py"))
     assert (code, lines[1]) == (0, "top score 1: 500 of 500 rows")
+
+
+def test_trial_takes_what_gold_there_is(rows: Any) -> None:
+    """A completion, else the answer; never nothing, which no reward can read."""
+    Path("mine.py").write_text(
+        "def mine(completions, completion_ids, prompts, level):\n"
+        "    seen = [c[0]['content'] for c in completions]\n"
+        "    assert seen == ['c', 'c', '2', '2'], seen\n"
+        "    assert all(completion_ids)\n"
+        "    assert prompts[0] == prompts[1] != prompts[2]\n"
+        "    return [1] * 4\n"
+    )
+    file = rows(
+        {"prompt": "p", "completion": "c", "answer": "1", "level": 1},
+        {"prompt": "q", "completion": None, "answer": "2", "level": 2},
+        {"prompt": "r", "completion": "c", "answer": "3", "level": 3},
+    )
+    reward = RewardSection("mine.py:mine", workers=1, group_wise=False).load()
+    gold.trial([reward], tasks.load(DataSource(path=file)))
 
 
 def test_limits_of_a_recipe_reach_the_reward(rows: Any) -> None:

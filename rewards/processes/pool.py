@@ -62,8 +62,8 @@ class Pool:
             busy: dict[Child, Job] = {}
             try:
                 while jobs or busy:
-                    self._assign(jobs, busy)
-                    for child, reply in self._replies():
+                    yield from self._assign(jobs, busy)
+                    for child, reply in self._replies() if self._children else ():
                         if child in busy:
                             yield busy.pop(child), reply
                         else:
@@ -79,14 +79,20 @@ class Pool:
             for child in list(self._children):
                 self._drop(child)
 
-    def _assign(self, jobs: deque[Job], busy: dict[Child, Job]) -> None:
+    def _assign(self, jobs: deque[Job], busy: dict[Child, Job]) -> Iterator[tuple[Job, Failure]]:
         for child in self._children:
             if jobs and child.ready and child not in busy:
                 busy[child] = jobs.popleft()
                 child.send(busy[child].payload, busy[child].seconds)
         starting = sum(not child.ready for child in self._children)
         while len(jobs) > starting and len(self._children) < self._workers:
-            self._children.append(Child(self._hello))
+            try:
+                self._children.append(Child(self._hello))
+            except OSError as error:
+                # No memory or no processes left: those that run will do, if there are any.
+                if not self._children:
+                    yield from self._unstarted(str(error), jobs)
+                return
             starting += 1
 
     def _replies(self) -> Iterator[tuple[Child, dict[str, Any] | Failure]]:
@@ -123,18 +129,18 @@ class Pool:
     def _started(
         self, child: Child, reply: dict[str, Any] | Failure, jobs: deque[Job]
     ) -> Iterator[tuple[Job, Failure]]:
-        """Note that a process is ready, or that it is none; then a job is lost with it.
-
-        A process that does not start at first is a fault of the set-up; later on it is an accident,
-        such as a lack of memory, and must not end the run.
-        """
+        """Note that a process is ready, or that it will not be."""
         if child.ready:
             return  # it died with nothing to do
         if isinstance(reply, dict) and "ready" in reply:
             child.ready = self._started_once = True
             return
         self._drop(child)
-        why = reply.text if isinstance(reply, Failure) else str(reply.get("failed"))
+        text = reply.text if isinstance(reply, Failure) else str(reply.get("failed"))
+        yield from self._unstarted(text, jobs)
+
+    def _unstarted(self, why: str, jobs: deque[Job]) -> Iterator[tuple[Job, Failure]]:
+        """At first it is a fault of the set-up; later on an accident, which costs a job and not the run."""
         if not self._started_once:
             raise RewardError(f"reward '{self._name}': its process did not start: {why}")
         if jobs:

@@ -7,7 +7,7 @@ import os
 import pickle
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from rewards.processes.pool import Failure, Job, Pool
 MOST_WORKERS = 8
 # By what the samples of the batch before took, a part is done in this share of the time limit.
 SHARE = 0.25
+# The most samples of a part as long as nobody knows how long one takes.
+FIRST_PART = 64
 # What a process may take to notice and report that calls side by side ran out of time.
 SPARE_SECONDS = 1.0
 
@@ -83,13 +85,14 @@ class Scorer:
         values: list[float | None] = [self._limits.failed] * len(batch)
         logged, pace = Logged(len(batch)), 0.0
         lost: list[tuple[range, Failure]] = []
-        for rows, reply in self._replies(batch, prompts):
-            if isinstance(reply, Failure):
-                lost.append((rows, reply))
-                continue
-            values[rows.start : rows.stop] = reply["values"]
-            logged.take(rows, reply)
-            pace = max(pace, reply["seconds"] / len(rows))
+        with contextlib.closing(self._replies(batch, prompts)) as replies:
+            for rows, reply in replies:
+                if isinstance(reply, Failure):
+                    lost.append((rows, reply))
+                    continue
+                values[rows.start : rows.stop] = reply["values"]
+                logged.take(rows, reply)
+                pace = max(pace, reply["seconds"] / len(rows))
         self._pace = pace
         counts = Counter({"timeouts": 0, "errors": 0})
         for rows, failure in lost:
@@ -105,7 +108,7 @@ class Scorer:
 
     def _replies(
         self, batch: Batch, prompts: Sequence[Any] | None
-    ) -> Iterator[tuple[range, dict[str, Any] | Failure]]:
+    ) -> Generator[tuple[range, dict[str, Any] | Failure], None, None]:
         """Score every unit of the batch; yield rows with their message, or why they are lost."""
         pieces = units(len(batch), self._group_wise, prompts)
         seconds = self._limits.seconds * max(map(len, pieces), default=1)
@@ -141,8 +144,8 @@ class Scorer:
         """Samples a part: all processes at work, but little lost with a part that fails."""
         size = math.ceil(count / self._workers)
         if not self._pace:
-            # At first two at least: one value too many or too few shows in no batch of one.
-            return max(2, size)
+            # Two at least: one value too many or too few shows in no batch of one.
+            return max(2, min(size, FIRST_PART))
         if not self._asynchronous:
             size = min(size, int(SHARE * self._limits.seconds / self._pace))
         return max(1, size)

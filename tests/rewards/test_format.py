@@ -4,8 +4,11 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rewards import Limits, RewardError, load
+from rewards.format import TEMPLATES, format_reward
 
 CASES = [
     ("think_answer", "<think>a\nb</think>\n<answer>5</answer>\n", 1.0),
@@ -102,6 +105,12 @@ def test_templates_are_linear(template: str, text: str) -> None:
     assert reward(completions=[text]) == [0.0]
     # Linear: a few hundredths of a second. Quadratic in 100,000 characters: minutes.
     assert time.process_time() - start < 2.0
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.text(), st.sampled_from(sorted(TEMPLATES)))
+def test_any_text_is_in_range(text: str, template: str) -> None:
+    assert format_reward([text], template=template) in ([0.0], [1.0])
 
 
 def test_hostile_text_for_a_pattern_costs_its_own_sample() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rewards import Limits, RewardError, load
+from rewards.processes import pool
 
 LIMITS = Limits(seconds=1.0, workers=2)
 
@@ -196,6 +197,29 @@ def test_process_that_cannot_start_again_costs_its_samples(file: Path) -> None:
     file.unlink()
     assert reward(completions=["die", "a"]) == [None, None]
     assert reward(completions=["a"]) == [None]
+
+
+def test_no_process_to_be_had(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = load(f"{file}:obey", Limits(workers=1))
+
+    def refuse(hello: bytes) -> Any:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "Child", refuse)
+        with pytest.raises(RewardError, match="did not start: Resource temporarily unavailable"):
+            reward(completions=["a"])
+    assert reward(completions=["a"]) == [1.0]
+    monkeypatch.setattr(pool, "Child", refuse)
+    assert reward(completions=["a", "die", "b"]) == [None, None, None]
+
+
+def test_first_batch_is_cut_small(file: Path) -> None:
+    """Nobody knows yet what a sample takes."""
+    reward = load(f"{file}:sizes", Limits(workers=1))
+    silent = {"log_metric": lambda *a: None}
+    assert max(reward(completions=["a"] * 1000, **silent)) == 64
+    assert max(reward(completions=["a"] * 1000, **silent)) == 1000
 
 
 def test_async_runs_side_by_side(file: Path) -> None:

@@ -5,17 +5,20 @@ CHECKPOINT ?= runs/$(basename $(notdir $(RECIPE)))/grpo/checkpoint
 PYTHON ?= python3
 VENV ?= .venv
 DEVICE ?= auto
+SPEC ?= math
+DATA ?= data/arithmetic/problems.py
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/posttrain.stamp
 PINS := requirements/cpu.txt requirements/cuda.txt pyproject.toml scripts/setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sft grpo eval doctor test test-slow check bench pins clean
+.PHONY: help setup sft grpo eval check-reward doctor test test-slow check bench pins clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  RECIPE=$(RECIPE) and ARGS="key=value ..." work with sft, grpo, eval, bench'
+	@echo '  SPEC=$(SPEC) DATA=$(DATA) work with check-reward'
 
 $(STAMP): $(PINS)
 	@$(PYTHON) scripts/setup.py --device $(DEVICE) --venv $(VENV)
@@ -31,6 +34,9 @@ grpo: $(STAMP)  ## GRPO of RECIPE, after its SFT stage if that has not run yet
 
 eval: $(STAMP)  ## score CHECKPOINT (default: what the GRPO stage of RECIPE left)
 	$(BIN)/posttrain eval $(CHECKPOINT) $(ARGS)
+
+check-reward: $(STAMP)  ## score the gold answers of DATA with the reward SPEC, and list those below the top score
+	$(BIN)/posttrain rewards check $(SPEC) --data $(DATA) $(ARGS)
 
 doctor: $(STAMP)  ## what this machine has, what will be slow, what is wrong and its remedy
 	$(BIN)/posttrain doctor

@@ -1,7 +1,7 @@
 """The command `posttrain`: train a stage of a recipe, score a checkpoint, look at the machine.
 
 Exit codes: 0 done; 2 something given is wrong (recipe, data, reward, checkpoint); 1 the run failed its own checks
-(parity, weight sync); 130 stopped by a signal.
+(parity, weight sync, gold answers); 130 stopped by a signal.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 from posttrain import environment, report
 from posttrain import recipe as recipes
-from posttrain.recipe import Recipe, RecipeError
+from posttrain.recipe import Recipe, RecipeError, RewardSection
 
 WRONG, FAILED, STOPPED = 2, 1, 130
 
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--recipe", type=Path, help="default: recipe.yaml beside the checkpoint")
     _add_overrides(command)
     command.set_defaults(run=_evaluate)
+    _add_rewards(commands)
     command = commands.add_parser(
         "doctor", help="say what this machine has, and check engine against trainer"
     )
@@ -89,12 +90,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_overrides(command: argparse.ArgumentParser) -> None:
+def _add_rewards(commands: Any) -> None:
+    parts = commands.add_parser("rewards", help="look at reward functions").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    text = (
+        "score the gold answers of a data set: each must get the top score, else the exit code is 1"
+    )
+    command = parts.add_parser("check", help=text, description=text, allow_abbrev=False)
+    command.add_argument(
+        "spec", metavar="SPEC", help="a built-in name, module:function or file.py:function"
+    )
+    command.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".jsonl, .json, .csv, .parquet, .py",
+    )
+    command.add_argument(
+        "--completion", metavar="TEMPLATE", help="what a policy would write: '\\boxed{{{answer}}}'"
+    )
+    command.add_argument(
+        "--answer", metavar="TEMPLATE", help="what it is compared with: '{solution}'"
+    )
+    command.add_argument(
+        "--tokenizer", help="for rewards that count tokens: a folder or a hub name"
+    )
+    command.add_argument("--seconds", type=float, help="the time limit of one sample")
+    _add_overrides(command, "options of the reward: fallback=last_number")
+    command.set_defaults(run=_check_reward)
+
+
+def _add_overrides(
+    command: argparse.ArgumentParser,
+    text: str = "over the recipe's fields: grpo.learning_rate=1e-6",
+) -> None:
     command.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="over the recipe's fields: grpo.learning_rate=1e-6",
+        help=text,
     )
 
 
@@ -202,6 +238,19 @@ def _evaluate(options: argparse.Namespace) -> int:
     summary = evaluate.run(checkpoint=options.checkpoint, recipe=recipe)
     _say(report.evaluation(summary, options.checkpoint))
     return 0
+
+
+def _check_reward(options: argparse.Namespace) -> int:
+    from posttrain import gold
+
+    reward = RewardSection(
+        options.spec, options=recipes.key_values(options.overrides), seconds=options.seconds
+    )
+    text, right = gold.check(
+        reward, options.data, options.completion, options.answer, options.tokenizer
+    )
+    _say(text)
+    return 0 if right else FAILED
 
 
 def _doctor(options: argparse.Namespace) -> int:

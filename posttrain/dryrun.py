@@ -7,8 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, DeepseekV3Config
 from transformers.utils import cached_file
 
-import rewards
-from posttrain import environment, footprint, report, tasks
+from posttrain import environment, footprint, gold, report, tasks
 from posttrain.policy import configuration
 from posttrain.recipe import Recipe, RecipeError, accelerate_config, launched_processes
 from posttrain.rollout import engine
@@ -47,7 +46,7 @@ def run(recipe: Recipe, stage: str) -> str:
         if getattr(recipe.data, role) is not None:
             note(f"data.{role}", lambda role=role: _data(recipe, role))  # type: ignore[misc]
     for reward in recipe.rewards:
-        needs = rewards.load(reward.name, **reward.options).required_columns
+        needs = reward.load().required_columns
         checks.append(
             (
                 f"reward {reward.name}",
@@ -81,12 +80,13 @@ def _data(recipe: Recipe, role: str) -> str:
     columns = set(data.column_names)
     if role != "sft":
         for reward in recipe.rewards:
-            missing = set(rewards.load(reward.name, **reward.options).required_columns) - columns
+            missing = set(reward.load().required_columns) - columns
             if missing:
                 raise tasks.TaskError(
                     f"{source.where}: data.{role}: the reward {reward.name} reads the column "
                     f"{', '.join(sorted(missing))}; the data has {', '.join(sorted(columns))}"
                 )
+        gold.trial([reward.load() for reward in recipe.rewards], data)
     if role == "eval" and len(data) < recipe.eval.count:
         raise tasks.TaskError(
             f"{source.where}: data.eval: eval.count {recipe.eval.count} is more than its {len(data)} rows"

@@ -13,8 +13,7 @@ from accelerate.utils import gather_object
 from transformers import AutoTokenizer, DeepseekV3Config, PreTrainedTokenizerBase
 from vllm import SamplingParams
 
-import rewards
-from posttrain import tasks
+from posttrain import gold, tasks
 from posttrain.recipe import DataSource, Recipe, RecipeError
 from posttrain.rollout.engine import Completion, DraftCounts, Engine, request_seed
 
@@ -79,7 +78,7 @@ def evaluate(engine: Engine, tokenizer: PreTrainedTokenizerBase, recipe: Recipe)
     greedy, drafted, seconds = _generated(engine, prompts, mine, recipe, section.temperature)
     texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in greedy]
     first = recipe.rewards[0]
-    scores = rewards.load(first.name, **first.options)(
+    scores = first.load()(
         completions=[[{"role": "assistant", "content": text}] for text in texts],
         prompts=rows["prompt"],
         completion_ids=[c.token_ids for c in greedy],
@@ -164,5 +163,6 @@ def evaluate_checkpoint(path: Path, recipe: Recipe) -> Evaluation:
 
 def run(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
     """Evaluate a checkpoint on the recipe's held-out set; return what `posttrain eval` prints."""
+    gold.trial([recipe.rewards[0].load()], tasks.load(held_out(recipe)))
     result = evaluate_checkpoint(checkpoint, recipe)
     return {"checkpoint": str(checkpoint), "recipe": recipe.name, **result.as_dict()}

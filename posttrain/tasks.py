@@ -6,6 +6,7 @@ import json
 import string
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def load(source: DataSource) -> datasets.Dataset:
         return _dataset([_finish(row, number, source) for number, row in enumerate(rows)], source)
     except TaskError as error:
         raise type(error)(f"{label}{error}") from error.__cause__
+
+
+def columns(source: DataSource) -> list[str]:
+    """The columns of a source's first row, as they are before any template; raises TaskError."""
+    rows = _rows(replace(source, size=min(source.size or 1, 1)))
+    if not rows:
+        raise TaskError(f"{_name(source)} has no rows")
+    return list(rows[0])
 
 
 def _rows(source: DataSource) -> list[Row]:

@@ -7,12 +7,13 @@ from typing import Any
 from rewards.errors import RewardError
 
 
-def check_values(name: str, values: Any, count: int) -> list[float | None]:
+def check_values(name: str, values: Any, count: int, first: int = 0) -> list[float | None]:
     """`values`, returned by reward `name` for `count` completions, as a checked list.
 
     Numbers become floats (bool, numpy and 0-d tensor scalars too); None passes through and means
     "does not apply". Raises RewardError, naming the reward and the fix, for anything that is not a
-    sequence of `count` finite numbers or None.
+    sequence of `count` finite numbers or None. `first` is the number of the first completion, where
+    they are a part of a batch.
 
     >>> check_values("mine", [1, None, True], 3)
     [1.0, None, 1.0]
@@ -29,7 +30,8 @@ def check_values(name: str, values: Any, count: int) -> list[float | None]:
             "return exactly one for each, in the same order (None where it does not apply)"
         )
     return [
-        None if value is None else _finite(name, row, value) for row, value in enumerate(values)
+        None if value is None else _finite(name, row, value)
+        for row, value in enumerate(values, first)
     ]
 
 

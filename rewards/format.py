@@ -40,12 +40,17 @@ def format_reward(
 ) -> list[float]:
     r"""1.0 for each completion that matches as a whole, else 0.0.
 
+    The format reward of DeepSeek-R1 (arXiv 2501.12948, section 2.2.2), for a form of your choice.
     `pattern` is a regular expression of Python's `re` with DOTALL, tried with `fullmatch`.
     `template` is one of
     - `think_answer` (the default): `<think>..</think>` then `<answer>..</answer>`, each tag once,
       nothing but white space around them;
     - `boxed`: exactly one `\boxed{..}`, closed and not empty, anywhere;
     - `hashes`: the last line is `#### x`, and `####` stands nowhere else.
+
+    Known problems. The form says nothing about what is in it: an empty `<think></think>` passes, and
+    once a policy has learnt the form, the reward is the same for all. A `pattern` with nested repeats,
+    such as `(a+)+b`, can take exponential time on some texts; `load` runs it under a time limit.
 
     Raises RewardError for both options at once, an unknown template or a faulty pattern.
     """

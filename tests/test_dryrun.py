@@ -129,7 +129,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    Path("reward.py").write_text("def score(completions, answer, **columns):\n    return [1.0]\n")
+    Path("reward.py").write_text(
+        "def score(completions, answer, **columns):\n    return [1.0] * len(completions)\n"
+    )
     path = Path("small.yaml")
     moonlight = ROOT / "recipes/policies/moonlight-16b-a3b-instruct.json"
     path.write_text(SMALL.format(config=moonlight))
@@ -158,6 +160,21 @@ def test_a_column_that_a_reward_reads(small: Path) -> None:
         "the data has prompt, question"
     )
     assert held_out.startswith("small.yaml:6: data.eval: the reward")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1.0]", "reward 'score' returned 1 values for [24] completions"),
+        ("return [float('nan')] * len(completions)", "returned nan for completion 0"),
+        ("return [c['content'] for c in completions]", "scores none of 4 .* 0 take .* 4 fail"),
+    ],
+)
+def test_a_reward_that_cannot_work(small: Path, body: str, message: str) -> None:
+    """Found on the first rows of the data, before any model."""
+    Path("reward.py").write_text(f"def score(completions, answer):\n    {body}\n")
+    with pytest.raises(recipe.RecipeError, match=message):
+        run(small)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ ROOMS = [
     "report",
     "recipe",
     "tasks",
+    "gold",
     "policy",
     "rollout",
     "footprint",

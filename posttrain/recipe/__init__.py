@@ -12,7 +12,7 @@ from posttrain.recipe.sections import (
     RewardSection,
     RolloutSection,
 )
-from posttrain.recipe.source import RecipeError
+from posttrain.recipe.source import RecipeError, key_values
 
 __all__ = [
     "DataSection",
@@ -25,6 +25,7 @@ __all__ = [
     "RewardSection",
     "RolloutSection",
     "accelerate_config",
+    "key_values",
     "launched_processes",
     "load",
 ]

@@ -282,8 +282,6 @@ def _engine(recipe: Recipe, processes: int, source: Source) -> None:
 
 
 def _rewards(recipe: Recipe, source: Source) -> None:
-    import rewards
-
     scored = recipe.grpo is not None or recipe.data.eval is not None
     if scored and not recipe.rewards and source.sound("rewards"):
         source.fault(
@@ -299,6 +297,6 @@ def _rewards(recipe: Recipe, source: Source) -> None:
     for i, reward in enumerate(recipe.rewards):
         if source.sound(f"rewards.{i}"):
             try:
-                rewards.load(reward.name, **reward.options)
+                reward.load()
             except (ValueError, TypeError) as error:
                 source.fault(("rewards", i, "name"), str(error))

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import yaml
 
+import rewards
+
 
 @dataclass
 class PolicySection:
@@ -86,11 +88,25 @@ class ParitySection:
 
 @dataclass
 class RewardSection:
-    """One reward function, its weight in the sum and the options it is made with."""
+    """One reward function, its weight in the sum, the options it is made with, and its limits."""
 
     name: str
     weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
+    # By `rewards.Limits`; null takes its default. Not for a reward that limits itself (math, code).
+    seconds: float | None = field(default=None, metadata={"above": 0})
+    failed: float | None = None
+    group_wise: bool | None = None
+    workers: int | None = field(default=None, metadata={"at_least": 1})
+
+    def load(self) -> rewards.Reward:
+        """Make the reward; raises RewardError."""
+        given = {
+            name: value
+            for name in ("seconds", "failed", "group_wise", "workers")
+            if (value := getattr(self, name)) is not None
+        }
+        return rewards.load(self.name, rewards.Limits(**given), **self.options)
 
 
 @dataclass

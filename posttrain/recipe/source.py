@@ -101,6 +101,15 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Source:
     return source
 
 
+def key_values(words: Sequence[str]) -> dict[str, Any]:
+    """Read words such as `limit=60` as a recipe's overrides are read; raises RecipeError."""
+    source = Source("options")
+    for word in words:
+        _override(source, word)
+    source.raise_faults()
+    return source.values
+
+
 def _override(source: Source, text: str) -> None:
     name, equals, value = text.partition("=")
     place = f"override {text!r}"

@@ -15,6 +15,7 @@ both in pre-training; here they keep draft and balance in step with a policy tha
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from vllm import SamplingParams
 
-import rewards
-from posttrain import tasks
+from posttrain import gold, tasks
 from posttrain.evaluate import evaluate, evaluate_checkpoint
 from posttrain.policy import checkpoint
 from posttrain.recipe import Recipe, RecipeError
@@ -146,7 +146,7 @@ class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
             return super()._calculate_rewards(*args, **kwargs)
 
     def write_samples(self) -> None:
-        """Append the generation batch to `samples.jsonl`: prompt, completion, rewards, ..."""
+        """Append the generation batch to `samples.jsonl`: prompt, completion, rewards, what rewards log ..."""
         logs = self._logs
         with self.samples.open("a") as file:
             for i, prompt in enumerate(logs["prompt"]):
@@ -154,9 +154,15 @@ class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
                     "step": self.state.global_step,
                     "prompt": prompt,
                     "completion": logs["completion"][i],
-                    "rewards": {name: values[i] for name, values in logs["rewards"].items()},
+                    # NaN is how TRL keeps None, and no JSON.
+                    "rewards": {
+                        name: None if math.isnan(values[i]) else values[i]
+                        for name, values in logs["rewards"].items()
+                    },
                     "advantage": logs["advantages"][i],
                 }
+                if logs["extra"]:
+                    line["extra"] = {name: values[i] for name, values in logs["extra"].items()}
                 file.write(json.dumps(line) + "\n")
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
@@ -232,7 +238,8 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     stage = Stage.start(recipe, "grpo", resume)
     source = checkpoint.local_folder(source)
     dataset = tasks.load(recipe.data.train)
-    reward_functions = [rewards.load(r.name, **r.options) for r in recipe.rewards]
+    reward_functions = [r.load() for r in recipe.rewards]
+    gold.trial(reward_functions, dataset)
     policy = stage.policy(source)
     engine = Engine.start(source, recipe.rollout)  # a resumed run syncs before it generates
     section = recipe.parity

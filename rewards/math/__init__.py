@@ -82,6 +82,10 @@ def math_reward(
     return rewards
 
 
+# Formulas are compared in a process that is killed when it takes too long.
+math_reward.isolated = True  # type: ignore[attr-defined]
+
+
 def _verdict(
     gold: Answer, answer: Answer, algebra: Algebra, seconds: float, counts: Counter[str]
 ) -> float:

@@ -4,8 +4,11 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rewards import RewardError, load
+from rewards import Limits, RewardError, load
+from rewards.format import TEMPLATES, format_reward
 
 CASES = [
     ("think_answer", "<think>a\nb</think>\n<answer>5</answer>\n", 1.0),
@@ -102,3 +105,18 @@ def test_templates_are_linear(template: str, text: str) -> None:
     assert reward(completions=[text]) == [0.0]
     # Linear: a few hundredths of a second. Quadratic in 100,000 characters: minutes.
     assert time.process_time() - start < 2.0
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.text(), st.sampled_from(sorted(TEMPLATES)))
+def test_any_text_is_in_range(text: str, template: str) -> None:
+    assert format_reward([text], template=template) in ([0.0], [1.0])
+
+
+def test_hostile_text_for_a_pattern_costs_its_own_sample() -> None:
+    """`(a+)+b` tries every way to cut 60 letters: longer than anyone waits, inside one C call."""
+    reward = load("format", Limits(seconds=1.0, failed=0.0), pattern="(a+)+b")
+    metrics: dict[str, float] = {}
+    values = reward(completions=["aab", "a" * 60, "ab", "b"], log_metric=metrics.__setitem__)
+    assert values == [1.0, 0.0, 1.0, 0.0]
+    assert metrics["reward/format/timeouts"] == 1

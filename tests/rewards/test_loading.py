@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import rewards
-from rewards import RewardError, load
+from rewards import Limits, RewardError, load
 
 
 @pytest.fixture
@@ -65,7 +66,8 @@ def test_function_of_a_module() -> None:
 
 @pytest.mark.parametrize("name", sorted(rewards.BUILT_IN))
 def test_built_in_is_named_after_itself(name: str) -> None:
-    assert load(name).__name__ == name
+    needed = {"length": {"max_length": 10}}
+    assert load(name, **needed.get(name, {})).__name__ == name
 
 
 def test_only_named_columns_reach_a_function_without_kwargs(file: Path) -> None:
@@ -96,9 +98,38 @@ def test_async_stays_async(file: Path, function: str) -> None:
     assert asyncio.run(reward(completions=["a", "b"])) == expected
 
 
-def test_error_of_the_function_itself_is_untouched(file: Path) -> None:
+def test_error_of_the_function_itself_is_shown(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load(f"{file}:raises")(completions=["a"]) == [None]
+    assert 'sample 0: KeyError: "the user\'s own fault"' in caplog.text
+    assert 'raise KeyError("the user' in caplog.text
+
+
+def test_reward_that_limits_itself_runs_here(file: Path) -> None:
+    file.write_text(
+        """
+import os
+
+def here(completions, **columns):
+    if columns.get("fail"):
+        raise KeyError("the user's own fault")
+    return [os.getpid() for _ in completions]
+
+here.isolated = True
+
+async def here_too(completions):
+    return here(completions)
+
+here_too.isolated = True
+"""
+    )
+    assert load(f"{file}:here")(completions=["a"]) == [os.getpid()]
+    assert asyncio.run(load(f"{file}:here_too")(completions=["a"])) == [os.getpid()]
     with pytest.raises(KeyError, match="the user's own fault"):
-        load(f"{file}:raises")(completions=["a"])
+        load(f"{file}:here")(completions=["a"], fail=[True])
+    with pytest.raises(RewardError, match="'here' limits itself; leave `seconds`"):
+        load(f"{file}:here", Limits(seconds=1))
 
 
 def test_column_does_not_become_an_option_of_a_built_in() -> None:
@@ -129,6 +160,11 @@ REFUSED = [
     ("format", {"pattern": "("}, "`pattern` '\\(' is faulty"),
     ("format", {"template": "bxed"}, "unknown template 'bxed'; use one of think_answer"),
     ("format", {"template": "boxed", "pattern": "x"}, "not both"),
+    ("length", {}, "`max_length` is None; give the most tokens"),
+    ("length", {"max_length": 10, "cache": 11}, "`cache` is 11; give a number of tokens from 0"),
+    ("repetition", {"size": 0}, "`size` is 0; give a whole number from 1"),
+    ("repetition", {"unit": "letters"}, "unknown unit 'letters'; use one of tokens, words"),
+    ("{folder}/mine.py:length", {"factor": lambda: 1}, "option 'factor' cannot be handed to its"),
 ]
 
 

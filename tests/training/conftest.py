@@ -154,6 +154,7 @@ def build_grpo(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     engine: Any = None,
+    reward_funcs: Sequence[Any] = (reward_digits, reward_length),
     **fields: Any,
 ) -> tuple[PolicyGRPOTrainer, Recorder]:
     """A GRPO trainer on eight problems with a stub engine, and the recorder that watches it."""
@@ -164,7 +165,7 @@ def build_grpo(
         gate=OpenGate(),
         samples=folder / "samples.jsonl",
         model=policy,
-        reward_funcs=[reward_digits, reward_length],
+        reward_funcs=list(reward_funcs),
         args=PolicyGRPOConfig(**GRPO | {"output_dir": str(folder / "steps")} | fields),
         train_dataset=Dataset.from_list(problems(8)).remove_columns("completion"),
         processing_class=tokenizer,

@@ -1,0 +1,1 @@
+"""Rewards in processes that can be killed: what hangs or crashes costs its own sample, never the run."""

@@ -152,9 +152,9 @@ def ours(
         clock = Clock()
         generate = engine.generate
 
-        def timed(inputs: Any, sampling: Any) -> Any:
+        def timed(inputs: Any, sampling: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
-            completions = generate(inputs, sampling)
+            completions = generate(inputs, sampling, **kwargs)
             if len(inputs) == args.sequences:
                 tokens = sum(len(c.token_ids) for c in completions)
                 clock.generated(time.perf_counter() - started, tokens)

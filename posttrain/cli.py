@@ -145,9 +145,15 @@ def _train(options: argparse.Namespace) -> int:
         text = dryrun.run(recipe, options.stage)
         _say(f"dry run of {options.recipe}\n{text}")
         return 0
+    from posttrain import preflight
+
+    first = options.stage == "grpo" and recipe.sft is not None
+    preflight.check(recipe, ["sft", "grpo"] if first else [options.stage]).raise_faults()
     resume = options.resume
     sft = recipe.run_dir("sft") / "checkpoint"
-    if options.stage == "grpo" and recipe.sft is not None and not (sft / "config.json").exists():
+    if first and (sft / "config.json").exists():
+        _check_sft(recipe, sft)
+    elif first:
         code = _sft_first(options, recipe, sft)
         if code:
             return code
@@ -162,6 +168,28 @@ def _train(options: argparse.Namespace) -> int:
     before = _read_json(recipe.run_dir("sft") / "summary.json") if options.stage == "grpo" else None
     _say(report.training(summary, recipe.run_dir(options.stage), before))
     return 0
+
+
+def _check_sft(recipe: Recipe, checkpoint: Path) -> None:
+    """Raise RecipeError if the SFT checkpoint was made with settings that are not the recipe's."""
+    file = checkpoint.with_name("recipe.yaml")
+    if not file.exists():
+        return
+    made = recipes.load(file)
+    pairs = {
+        "policy": (made.policy, recipe.policy),
+        "data.sft": (made.data.sft, recipe.data.sft),
+        "sft": (made.sft, recipe.sft),
+        "seed": (made.seed, recipe.seed),
+    }
+    other = [name for name, (before, now) in pairs.items() if before != now]
+    if other:
+        raise RecipeError(
+            f"{checkpoint}: made with another {', '.join(other)} (see {file}); give output_root or name for a run "
+            "beside it, run the SFT stage anew, or start from this checkpoint as it is with "
+            f"policy.path={checkpoint} policy.config=null sft=null"
+        )
+    _say(f"{recipe.name}: starts from the SFT checkpoint at {checkpoint}")
 
 
 def _sft_first(options: argparse.Namespace, recipe: Recipe, checkpoint: Path) -> int:

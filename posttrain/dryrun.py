@@ -1,22 +1,15 @@
 """`--dry-run`: everything of a run that can be checked without its weights."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoTokenizer, DeepseekV3Config
 from transformers.utils import cached_file
 
-from posttrain import environment, footprint, gold, report, tasks
+from posttrain import environment, footprint, preflight, report
 from posttrain.policy import configuration
 from posttrain.recipe import Recipe, RecipeError, accelerate_config, launched_processes
 from posttrain.rollout import engine
-
-STAGE_DATA = {"sft": ("sft", "eval"), "grpo": ("train", "eval")}
-
-
-class _Unavailable(Exception):
-    """What cannot be checked on this machine; no fault of the recipe."""
 
 
 def run(recipe: Recipe, stage: str) -> str:
@@ -29,22 +22,9 @@ def run(recipe: Recipe, stage: str) -> str:
         for name in ("sft", "grpo")
         if getattr(recipe, name) and (name == stage or stage == "grpo")
     ]
-    checks: list[tuple[str, str]] = [
-        ("recipe", f"{', then '.join(stages)}: every field and rule holds")
-    ]
-    faults: list[str] = []
-
-    def note(what: str, check: Callable[[], str]) -> None:
-        try:
-            checks.append((what, check()))
-        except _Unavailable as missing:
-            checks.append((what, f"not checked: {missing}"))
-        except (ValueError, engine.EngineError) as error:
-            faults.append(str(error))
-
-    for role in dict.fromkeys(role for name in stages for role in STAGE_DATA[name]):
-        if getattr(recipe.data, role) is not None:
-            note(f"data.{role}", lambda role=role: _data(recipe, role))  # type: ignore[misc]
+    findings = preflight.check(recipe, stages)
+    checks = findings.found
+    checks.insert(0, ("recipe", f"{', then '.join(stages)}: every field and rule holds"))
     for reward in recipe.rewards:
         needs = reward.load().required_columns
         checks.append(
@@ -60,38 +40,11 @@ def run(recipe: Recipe, stage: str) -> str:
         config, origin = _config(recipe)
         return origin
 
-    note("policy", policy)
-    if faults:
-        raise RecipeError("\n".join(faults))
+    findings.note("policy", policy)
+    findings.raise_faults()
     if config is None:
         return report.table("checks", checks)
     return f"{report.table('checks', checks)}\n{_memory(recipe, config, stages)}"
-
-
-def _data(recipe: Recipe, role: str) -> str:
-    """Load a source and check that the rewards find their columns in it."""
-    source = getattr(recipe.data, role)
-    try:
-        data = tasks.load(source)
-    except tasks.TaskUnavailableError:
-        raise _Unavailable(
-            f"{source.hub} is not in the cache of the hub (`path` takes a local file with the same columns)"
-        ) from None
-    columns = set(data.column_names)
-    if role != "sft":
-        for reward in recipe.rewards:
-            missing = set(reward.load().required_columns) - columns
-            if missing:
-                raise tasks.TaskError(
-                    f"{source.where}: data.{role}: the reward {reward.name} reads the column "
-                    f"{', '.join(sorted(missing))}; the data has {', '.join(sorted(columns))}"
-                )
-        gold.trial([reward.load() for reward in recipe.rewards], data)
-    if role == "eval" and len(data) < recipe.eval.count:
-        raise tasks.TaskError(
-            f"{source.where}: data.eval: eval.count {recipe.eval.count} is more than its {len(data)} rows"
-        )
-    return f"{len(data):,} rows of {', '.join(data.column_names)}"
 
 
 def _config(recipe: Recipe) -> tuple[DeepseekV3Config, str]:
@@ -105,7 +58,7 @@ def _config(recipe: Recipe) -> tuple[DeepseekV3Config, str]:
     else:
         file = _config_file(recipe)
         if file is None:
-            raise _Unavailable(
+            raise preflight.Unavailable(
                 f"{section.path} is not in the cache of the hub, and `policy.dry_run_config` is not set; "
                 "neither is its memory"
             )

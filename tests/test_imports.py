@@ -18,6 +18,7 @@ ROOMS = [
     "recipe",
     "tasks",
     "gold",
+    "preflight",
     "policy",
     "rollout",
     "footprint",

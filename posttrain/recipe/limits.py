@@ -44,6 +44,43 @@ _RESERVED = {
     "cache_implementation": _OWN_ENGINE,
 }
 
+# Words that TRL declares as plain strings, and compares with these alone.
+_WORDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "sft": {"loss_type": ("nll", "dft")},
+    "grpo": {
+        "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+        "importance_sampling_level": ("token", "sequence"),
+        "vllm_importance_sampling_mode": (
+            "token_truncate",
+            "token_mask",
+            "sequence_truncate",
+            "sequence_mask",
+        ),
+        "scale_rewards": ("group", "batch", "none", True, False),
+        "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    },
+}
+_NOT_BELOW_ZERO = (
+    "learning_rate",
+    "weight_decay",
+    "mtp_loss_weight",
+    "bias_update_rate",
+    "sequence_balance_weight",
+    "beta",
+    "epsilon",
+    "epsilon_high",
+)
+
+
+def trainer_value(source: Source, key: Key, value: Any) -> None:
+    """Note a fault for a value that a trainer would refuse late, or take and misread."""
+    words = _WORDS.get(str(key[0]), {}).get(str(key[-1]))
+    if words is not None and value is not None and value not in words:
+        names = [word for word in words if isinstance(word, str)]
+        source.fault(key, f"expected {did_you_mean(str(value), names)}, got {value!r}")
+    if key[-1] in _NOT_BELOW_ZERO and value is not None and value < 0:
+        source.fault(key, f"must not be below 0, got {value}")
+
 
 def reserved(source: Source, key: Key) -> bool:
     """Note a fault when posttrain sets this trainer field itself."""

@@ -97,6 +97,7 @@ def _checked(schema: Schema, values: Any, key: Key, source: Source) -> dict[str,
             continue
         try:
             checked[name] = fit(value, schema.fields[name].annotation, schema.enums)
+            limits.trainer_value(source, here, checked[name])
         except Mismatch as mismatch:
             source.fault(here, str(mismatch))
     return checked

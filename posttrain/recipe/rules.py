@@ -74,6 +74,7 @@ def check(recipe: Recipe, source: Source, file: Path) -> None:
         )
     if recipe.grpo is not None:
         _sampling(recipe.grpo, source)
+        _correction(recipe.grpo, source)
         _groups(recipe.grpo, processes, source)
         _lengths(recipe, source)
     _engine(recipe, processes, source)
@@ -233,6 +234,17 @@ def _sampling(grpo: dict[str, Any], source: Source) -> None:
             source.fault((*key, name), f"posttrain sets this itself: {_OWN_SAMPLING[name]}")
         elif name not in sampling_schema().fields:
             unknown(source, (*key, name), sampling_schema().fields)
+
+
+def _correction(grpo: dict[str, Any], source: Source) -> None:
+    """VESPO weighs tokens, and so must the correction beside it."""
+    corrected = grpo.get("vllm_importance_sampling_correction", True)
+    mode = grpo.get("vllm_importance_sampling_mode", "sequence_mask")
+    if grpo.get("loss_type") == "vespo" and corrected and not mode.startswith("token_"):
+        source.fault(
+            ("grpo", "loss_type"),
+            f"vespo goes with vllm_importance_sampling_mode token_truncate or token_mask, got {mode}",
+        )
 
 
 def _lengths(recipe: Recipe, source: Source) -> None:

@@ -20,7 +20,9 @@ class PolicySection:
     tokenizer: str | None = None
     # What it computes and is saved in. What trains is held in float32 always.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attn_implementation: str = "sdpa"
+    attn_implementation: Literal[
+        "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "sdpa"
     num_nextn_predict_layers: int | None = field(default=None, metadata={"at_least": 0})
     # The config.json that --dry-run uses while the checkpoint itself is not on this machine.
     dry_run_config: str | None = None

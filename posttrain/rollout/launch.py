@@ -29,7 +29,7 @@ QUIET = (
 """Loggers whose warnings, at work, tell what is meant here."""
 
 
-class EngineError(RuntimeError):
+class EngineError(ValueError):
     """The engine cannot be started, or used, as asked."""
 
 

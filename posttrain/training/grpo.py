@@ -248,17 +248,18 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     if recipe.data.eval is not None:
         before = evaluate(engine, stage.tokenizer, recipe)
     fields = recipe.grpo | {"reward_weights": [r.weight for r in recipe.rewards]}
-    trainer = PolicyGRPOTrainer(
-        engine=engine,
-        engine_limit=recipe.rollout.max_model_len,
-        gate=gate,
-        samples=stage.folder / "samples.jsonl",
-        model=policy,
-        reward_funcs=reward_functions,
-        args=stage.config(PolicyGRPOConfig, fields),
-        train_dataset=dataset,
-        processing_class=stage.tokenizer,
-    )
+    with stage.refusals():
+        trainer = PolicyGRPOTrainer(
+            engine=engine,
+            engine_limit=recipe.rollout.max_model_len,
+            gate=gate,
+            samples=stage.folder / "samples.jsonl",
+            model=policy,
+            reward_funcs=reward_functions,
+            args=stage.config(PolicyGRPOConfig, fields),
+            train_dataset=dataset,
+            processing_class=stage.tokenizer,
+        )
     if stage.resume_from:
         step = int(stage.resume_from.rpartition("-")[2])
         trainer._step = step * trainer.args.gradient_accumulation_steps

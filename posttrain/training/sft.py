@@ -75,13 +75,14 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     stage = Stage.start(recipe, "sft", resume)
     dataset = tasks.load(recipe.data.sft)
     policy = stage.policy(recipe.policy.path)
-    args = stage.config(PolicySFTConfig, recipe.sft)
-    trainer = PolicySFTTrainer(
-        model=policy,
-        args=args,
-        train_dataset=dataset.select_columns(["prompt", "completion"]),
-        processing_class=stage.tokenizer,
-    )
+    with stage.refusals():
+        args = stage.config(PolicySFTConfig, recipe.sft)
+        trainer = PolicySFTTrainer(
+            model=policy,
+            args=args,
+            train_dataset=dataset.select_columns(["prompt", "completion"]),
+            processing_class=stage.tokenizer,
+        )
     started = time.monotonic()
     steps = stage.train(trainer)
     train_seconds = time.monotonic() - started

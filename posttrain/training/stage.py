@@ -5,7 +5,10 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +19,7 @@ from transformers import AutoTokenizer, DeepseekV3Config, PreTrainedTokenizerBas
 from posttrain import environment
 from posttrain.policy import checkpoint
 from posttrain.policy.model import PolicyForCausalLM
-from posttrain.recipe import Recipe
+from posttrain.recipe import Recipe, RecipeError
 from posttrain.rollout import engine
 from posttrain.training.callbacks import MetricsLog, StopOnSignal, peak_memory_gib
 from posttrain.training.policy_trainer import (
@@ -58,12 +61,11 @@ class Stage:
 
     @classmethod
     def start(cls, recipe: Recipe, name: str, resume: bool) -> "Stage":
-        """Make the folder, write the resolved recipe, seed everything.
+        """Seed everything; what stands in the folder stays until training begins.
 
         Raises CheckpointError if `resume` finds no whole step checkpoint.
         """
         folder = recipe.run_dir(name)
-        state = PartialState()
         resume_from = None
         if resume:
             last = last_step_checkpoint(folder / "steps")
@@ -73,16 +75,6 @@ class Stage:
                     "start without --resume, or set save_steps so that one is written"
                 )
             resume_from = str(last)
-        if state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            recipe.dump(folder / "recipe.yaml")
-            if not resume:
-                # --resume and the next stage must not find what an older run left.
-                for log in ("metrics.jsonl", "samples.jsonl", "summary.json"):
-                    (folder / log).unlink(missing_ok=True)
-                for old in ("steps", "checkpoint"):
-                    shutil.rmtree(folder / old, ignore_errors=True)
-        state.wait_for_everyone()
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
         tokenizer = load_tokenizer(recipe.policy.tokenizer or recipe.policy.path)
         set_seed(recipe.seed)
@@ -156,10 +148,21 @@ class Stage:
         fixed = {"output_dir": str(self.folder / "steps"), "seed": self.recipe.seed}
         return cls(**(defaults | fields | fixed))
 
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Say which section is at fault when TRL or transformers refuse a trainer's settings."""
+        try:
+            yield
+        except ValueError as error:
+            if type(error) is not ValueError:
+                raise
+            raise RecipeError(f"{self.recipe.name}: {self.name}: {error}") from error
+
     def train(self, trainer: PolicyTrainer) -> int:
         """Train to the end or a signal; return the steps done. A finished run is left as it is."""
         done = int(self.resume_from.rpartition("-")[2]) if self.resume_from else 0
         if not 0 < trainer.args.max_steps <= done:
+            self._take_folder()
             self._stop = StopOnSignal(trainer.accelerator)
             trainer.add_callback(self._stop)
             trainer.add_callback(MetricsLog(self.folder / "metrics.jsonl"))
@@ -167,6 +170,23 @@ class Stage:
                 trainer.train(resume_from_checkpoint=self.resume_from)
             done = trainer.state.global_step
         return done
+
+    def _take_folder(self) -> None:
+        """Put what an older run left out of the way; `--resume` and the next stage must not find it.
+
+        A finished run is kept: its folder becomes `<stage>.1`, `<stage>.2`, ...
+        """
+        state = PartialState()
+        if state.is_main_process:
+            if self.resume_from is None and self.folder.exists():
+                if (self.folder / "checkpoint").exists():
+                    numbers = (self.folder.with_name(f"{self.name}.{n}") for n in count(1))
+                    self.folder.rename(next(path for path in numbers if not path.exists()))
+                else:
+                    shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.recipe.dump(self.folder / "recipe.yaml")
+        state.wait_for_everyone()
 
     def save(self, trainer: PolicyTrainer) -> None:
         """Write the final checkpoint, in `policy.dtype`; every process calls it."""

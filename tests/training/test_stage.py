@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 
 from posttrain import environment
 from posttrain.policy import checkpoint
-from posttrain.recipe import DataSection, DataSource, PolicySection, Recipe
+from posttrain.recipe import DataSection, DataSource, PolicySection, Recipe, RecipeError
 from posttrain.rollout.launch import EngineError
+from posttrain.tasks import TaskError
 from posttrain.training import sft
 from posttrain.training.policy_trainer import last_step_checkpoint
 from posttrain.training.stage import Stage
@@ -62,24 +64,39 @@ def test_resuming_nothing_says_what_to_do(tmp_path: Path) -> None:
         Stage.start(recipe, "sft", resume=True)
 
 
-def test_a_new_run_starts_new_logs_and_a_resumed_one_keeps_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_new_run_starts_in_an_empty_folder_and_keeps_a_finished_one(
+    tmp_path: Path, finished: bool
+) -> None:
     recipe = recipe_of(tmp_path)
     folder = tmp_path / "tiny" / "sft"
     (folder / "steps/checkpoint-3").mkdir(parents=True)
     (folder / "steps/checkpoint-3/complete.json").write_text("{}")
-    (folder / "checkpoint").mkdir()
-    old = ["metrics.jsonl", "samples.jsonl", "summary.json"]
-    for log in old:
+    if finished:
+        (folder / "checkpoint").mkdir()
+    for log in ("metrics.jsonl", "samples.jsonl", "summary.json"):
         (folder / log).write_text('{"step": 1}\n')
     stage = Stage.start(recipe, "sft", resume=True)
     assert stage.resume_from == str(folder / "steps/checkpoint-3")
     assert (folder / "metrics.jsonl").exists()
-    stage = Stage.start(recipe, "sft", resume=False)
-    assert stage.resume_from is None
-    # A later --resume, and GRPO after SFT, must not take an older run's.
-    for name in [*old, "steps", "checkpoint"]:
-        assert not (folder / name).exists(), name
+    # What is at fault before training begins costs nothing that was there.
+    recipe.data.sft = replace(recipe.data.sft, path="nofile.jsonl", script=None)
+    with pytest.raises(TaskError):
+        sft.run(recipe)
+    assert (folder / "steps/checkpoint-3").exists()
+    sft.run(recipe_of(tmp_path))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert next(json.loads(x)["step"] for x in lines if "loss" in x) == 1
+    assert not (folder / "samples.jsonl").exists()
+    assert not (folder / "steps/checkpoint-3").exists()
     assert "name: tiny" in (folder / "recipe.yaml").read_text()
+    assert (folder.with_name("sft.1") / "steps/checkpoint-3").exists() == finished
+
+
+def test_trls_refusals_name_the_section(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, max_length=8, eval_packing=True, save_strategy="best")
+    with pytest.raises(RecipeError, match="tiny: sft: "):
+        sft.run(recipe)
 
 
 def test_the_policy_from_scratch_follows_the_seed(tmp_path: Path) -> None:

@@ -59,6 +59,6 @@ bench: $(STAMP)  ## measure against stock TRL, side by side
 pins: $(STAMP)  ## resolve requirements/*.txt anew (needs uv)
 	$(BIN)/python scripts/pins.py $(ARGS)
 
-clean:  ## remove the environment, all runs and all caches
-	rm -rf $(VENV) runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove the environment and all caches; runs stay
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

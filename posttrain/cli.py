@@ -222,6 +222,8 @@ def _sft_first(options: argparse.Namespace, recipe: Recipe, checkpoint: Path) ->
         for name, text in os.environ.items()
         if name not in _LAUNCHED and not name.startswith(("MASTER_", "TORCHELASTIC_"))
     }
+    # By default torch's launcher kills after 30 s what is still saving.
+    inherited.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1800")
     done.unlink(missing_ok=True)
     code = _run(command, inherited)
     if processes > 1:

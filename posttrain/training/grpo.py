@@ -80,7 +80,9 @@ class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
         with self.timed("parity"):
             report = self.gate.check(self.engine, self.policy)
         self.parity_max = max(self.parity_max, report.max_abs_logprob_diff)
-        self._metrics["train"]["parity/max_abs_logprob_diff"].append(report.max_abs_logprob_diff)
+        metrics = self._metrics["train"]
+        metrics["parity/max_abs_logprob_diff"].append(report.max_abs_logprob_diff)
+        metrics["parity/experts_missed"].append(report.experts_missed)
 
     def sampling(self, index: int) -> SamplingParams:
         """Sampling of the request at `index` of the global generation batch, seeded for itself."""

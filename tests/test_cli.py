@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from posttrain import cli, environment
+from posttrain import recipe as recipes
 from posttrain.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +130,36 @@ def test_sft_runs_first_with_the_same_overrides(
     assert cli.main(["grpo", "tiny.yaml", "seed=3", "--resume"]) == 0
     assert started[1] == [*sft, "--resume"]
     assert [(call[0], call[2]) for call in stages.calls] == [("grpo", False), ("grpo", False)]
+
+
+def test_faults_of_all_data_are_told_before_a_stage_begins(
+    stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A missing column for SFT, no row for GRPO, too few for the evaluation: one message."""
+    Path("bare.jsonl").write_text('{"prompt": "p"}\n')
+    Path("empty.jsonl").write_text("")
+    sft_done()
+    overrides = ["data.sft.path=bare.jsonl", "data.train.path=empty.jsonl", "eval.count=2"]
+    assert cli.main(["grpo", "tiny.yaml", *overrides]) == 2
+    told = capsys.readouterr().err
+    assert "data.sft: " in told
+    assert "empty.jsonl has no rows" in told
+    assert "eval.count 2 is more than its 1 rows" in told
+    assert stages.calls == []
+
+
+def test_an_sft_checkpoint_of_other_settings_is_not_taken(
+    stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft_done()
+    recipes.load("tiny.yaml").dump("runs/tiny/sft/recipe.yaml")
+    assert cli.main(["grpo", "tiny.yaml", "grpo.beta=0.1"]) == 0
+    assert "starts from the SFT checkpoint at runs/tiny/sft/checkpoint" in capsys.readouterr().out
+    assert cli.main(["grpo", "tiny.yaml", "seed=7", "sft.max_steps=3"]) == 2
+    told = capsys.readouterr().err
+    assert "runs/tiny/sft/checkpoint: made with another sft, seed" in told
+    assert "policy.path=runs/tiny/sft/checkpoint policy.config=null sft=null" in told
+    assert len(stages.calls) == 1
 
 
 def test_the_child_is_this_very_command(

@@ -14,7 +14,7 @@ from rewards.completions import completion_text
 
 # Where a row usually keeps them; the first that it has counts.
 PROMPTS = ("prompt", "question", "problem", "text")
-COMPLETIONS = ("completion", "solution", "code", "canonical_solution", "answer", "gold")
+COMPLETIONS = ("completion", "solution", "code", "answer", "gold")
 ANSWERS = ("answer", "gold", "solution", "completion")
 # What a policy may write around an answer that stands bare in one of these columns.
 BARE = ("answer", "gold")
@@ -113,7 +113,7 @@ def _gold_rows(
             notes.append(f"compared with column `{judged}`")
     rows = tasks.load(source)
     golds = rows[column or "completion"]
-    return rows, [completion_text(one) for one in golds], column, notes
+    return rows, ["" if one is None else completion_text(one) for one in golds], column, notes
 
 
 def _first(names: Sequence[str], has: Sequence[str]) -> str | None:

@@ -121,6 +121,8 @@ def _score(
         [value] = _call(reward, [completions[row]], one, lost.__setitem__)
     except RewardError as error:
         note = str(error)
+    except Exception as error:  # of a reward that limits itself
+        note = f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - started
     for kind, text in (("timeouts", "timed out"), ("errors", "failed")):
         if lost.get(f"reward/{reward.__name__}/{kind}"):

@@ -79,6 +79,20 @@ def test_what_does_not_get_the_top_score_is_listed(
     assert lines[1:3] == ["row 1: 0", "top score 1: 2 of 3 rows"]
 
 
+def test_form_stays_when_none_is_better(rows: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["format", "--data", rows({"answer": "7", "question": "q"}), "pattern=none"]
+    code, lines = check(capsys, *words)
+    assert code == cli.FAILED
+    assert lines[0] == "format on rows.jsonl: gold answers from column `answer`"
+
+
+def test_row_without_an_answer_is_listed(rows: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    file = rows({"answer": "#### 7"}, {"answer": None}, {"answer": 7})
+    code, lines = check(capsys, "math", "--data", file)
+    assert code == cli.FAILED
+    assert lines[1:3] == ["row 1: none", "top score 1: 2 of 3 rows"]
+
+
 def test_gold_that_cannot_be_read_is_a_listed_row(
     rows: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,12 +73,6 @@ class Pool:
                 for child in busy:
                     self._drop(child)
 
-    def close(self) -> None:
-        """End all processes."""
-        with self._lock:
-            for child in list(self._children):
-                self._drop(child)
-
     def _assign(self, jobs: deque[Job], busy: dict[Child, Job]) -> Iterator[tuple[Job, Failure]]:
         for child in self._children:
             if jobs and child.ready and child not in busy:

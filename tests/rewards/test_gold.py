@@ -44,6 +44,15 @@ def test_each_row_with_its_value_and_what_went_wrong(tmp_path: Any) -> None:
     assert lines[9].startswith("slowest: row 3 5")
 
 
+def test_error_of_a_reward_that_limits_itself_is_its_rows(tmp_path: Any) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def mine(completions):\n    return [1 / len(c) for c in completions]\nmine.isolated = True\n"
+    )
+    scored = list(gold.score(load(f"{tmp_path}/mine.py:mine"), ["a", ""], {}))
+    assert [one.value for one in scored] == [1.0, None]
+    assert scored[1].note.startswith("ZeroDivisionError: ")
+
+
 def test_many_scores_become_ranges() -> None:
     scored = [Scored(row, row / 99, 0.0) for row in range(100)]
     rows = gold.histogram(scored)

@@ -22,8 +22,8 @@ def act(text):
         os.kill(os.getpid(), signal.SIGSEGV)
     if text == "recurse":
         act(text)
-    if text == "child":
-        subprocess.Popen(["sleep", "601.5"])
+    if text.startswith("child"):
+        subprocess.Popen(["sleep", text.partition(" ")[2] or "600"])
         time.sleep(600)
     if text == "print":
         print("x" * 100_000)

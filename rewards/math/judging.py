@@ -1,0 +1,197 @@
+"""Whether an answer equals the gold: structure by structure, values by `algebra`. Runs in the worker."""
+
+import re
+from functools import lru_cache
+from typing import Any
+
+import sympy
+
+from rewards.math import algebra
+from rewards.math.answers import read_answer
+from rewards.math.regions import FLIPPED, is_region, region, same_region
+from rewards.math.structure import Items, Join, Matrix, Node, Relation, Value, read_structure
+from rewards.math.tidy import tidy
+from rewards.math.values import is_name, is_number, is_settled, read_value, values_equal
+
+MAX_ITEMS = 60
+
+
+def readable(gold: str) -> bool:
+    """Whether every part of a gold is a number, a phrase or a formula."""
+    return _readable(_read(gold))
+
+
+def equal(gold: str, answer: str) -> bool:
+    """Whether `answer` says the same as `gold`, both as they were extracted."""
+    return _equal(_read(gold), _read(answer))
+
+
+@lru_cache(maxsize=512)
+def _read(text: str) -> Node:
+    found = read_answer(text)
+    if is_settled(found):
+        return Value(text)
+    return read_structure(tidy(text) if found.phrase else found.latex)
+
+
+def _readable(node: Node) -> bool:
+    match node:
+        case Value(text):
+            if is_settled(read_value(text)) or region(node) is not None:
+                return True
+            try:
+                algebra.parse(read_value(text).latex)
+            except algebra.UnreadableError:
+                return False
+            return True
+        case Items(_, _, items):
+            return all(map(_readable, items))
+        case Matrix(rows):
+            return bool(rows) and all(_readable(cell) for row in rows for cell in row)
+        case Relation(parts, _) | Join(_, parts):
+            return all(map(_readable, parts))
+
+
+def _equal(gold: Node, answer: Node) -> bool:
+    if gold == answer:
+        return True
+    if isinstance(gold, Value) and isinstance(answer, Items) and "," in gold.text:
+        # 100,200 may be a number or a list: as the answer has it.
+        gold = read_structure(tidy(gold.text))
+    elif isinstance(answer, Value) and isinstance(gold, Items) and "," in answer.text:
+        answer = read_structure(tidy(answer.text))
+    if is_region(gold) or is_region(answer):
+        gold_region, answer_region = region(gold), region(answer)
+        if gold_region is not None and answer_region is not None:
+            return bool(gold_region == answer_region) or same_region(gold_region, answer_region)
+    if isinstance(gold, Relation) or isinstance(answer, Relation):
+        return _relations_equal(gold, answer)
+    if isinstance(gold, Items | Matrix) and isinstance(answer, Items | Matrix):
+        return _collections_equal(gold, answer)
+    if isinstance(gold, Items) and len(gold.items) == 1:
+        return _equal(gold.items[0], answer)
+    if isinstance(answer, Items) and len(answer.items) == 1:
+        return _equal(gold, answer.items[0])
+    if isinstance(gold, Value) and isinstance(answer, Value):
+        return values_equal(gold.text, answer.text)
+    return False
+
+
+def _collections_equal(gold: Items | Matrix, answer: Items | Matrix) -> bool:
+    if isinstance(gold, Matrix) and isinstance(answer, Matrix):
+        return [len(row) for row in gold.rows] == [len(row) for row in answer.rows] and all(
+            _equal(wanted, cell)
+            for row, other in zip(gold.rows, answer.rows, strict=True)
+            for wanted, cell in zip(row, other, strict=True)
+        )
+    wanted, stated = _entries(gold), _entries(answer)
+    if wanted is None or stated is None or max(len(wanted), len(stated)) > MAX_ITEMS:
+        return False
+    brackets = [_brackets(gold), _brackets(answer)]
+    if set(brackets) <= {"", r"\{"}:
+        return _same_set(wanted, stated)
+    if r"\{" in brackets or len(wanted) != len(stated):
+        return False
+    # (1, 2) and [1, 2] differ as intervals; with more entries, or fewer brackets, they are tuples.
+    if len(wanted) == 2 and "" not in brackets and brackets[0] != brackets[1]:
+        return False
+    return all(map(_equal, wanted, stated))
+
+
+def _entries(node: Items | Matrix) -> tuple[Node, ...] | None:
+    """The entries in order; of a matrix only when it is a single row or column."""
+    if isinstance(node, Items):
+        return node.items
+    if len(node.rows) == 1:
+        return node.rows[0]
+    return tuple(row[0] for row in node.rows) if all(len(row) == 1 for row in node.rows) else None
+
+
+def _brackets(node: Items | Matrix) -> str:
+    """How the entries are held; a vector is held as by round brackets."""
+    if isinstance(node, Matrix):
+        return "()"
+    return node.opening if node.opening in ("", r"\{") else node.opening + node.closing
+
+
+def _same_set(gold: tuple[Node, ...], answer: tuple[Node, ...]) -> bool:
+    wanted, left = list(dict.fromkeys(gold)), list(dict.fromkeys(answer))
+    if len(wanted) != len(left):
+        return False
+    for item in wanted:
+        match = item if item in left else next((one for one in left if _equal(item, one)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _relations_equal(gold: Node, answer: Node) -> bool:
+    if isinstance(gold, Relation) and isinstance(answer, Relation):
+        return _same_relation(gold, answer) or _same_equation(gold, answer)
+    if isinstance(answer, Relation):
+        value = _right_side(answer)
+        return value is not None and _equal(gold, value)
+    assert isinstance(gold, Relation)
+    # x = 5 may be answered by 5, but x + y = 5 may not.
+    left = gold.parts[0]
+    if set(gold.signs) != {"="} or not (isinstance(left, Value) and is_name(left)):
+        return False
+    return _equal(gold.parts[-1], answer)
+
+
+def _right_side(relation: Relation) -> Node | None:
+    """What an equation says its left side is; None when it says nothing or contradicts itself."""
+    if set(relation.signs) != {"="}:
+        return None
+    *before, last = relation.parts
+    if isinstance(last, Value) and is_name(last) and len(before) == 1 and is_number(before[0]):
+        return before[0]
+    numbers = [part for part in before if is_number(part)]
+    return last if all(_equal(part, last) for part in numbers) else None
+
+
+def _same_relation(gold: Relation, answer: Relation) -> bool:
+    """Part by part, in this or the opposite direction."""
+    if len(gold.parts) != len(answer.parts):
+        return False
+    if gold.signs == answer.signs and all(map(_equal, gold.parts, answer.parts)):
+        return True
+    flipped = tuple(FLIPPED[sign] for sign in reversed(answer.signs))
+    return gold.signs == flipped and all(map(_equal, gold.parts, reversed(answer.parts)))
+
+
+def _same_equation(gold: Relation, answer: Relation) -> bool:
+    """Two equations with the same solutions: left minus right differ by a constant factor."""
+    if gold.signs != ("=",) or answer.signs != ("=",):
+        # y = ... = 2x + 1: what the last says.
+        chain = len(answer.signs) > 1 and set(answer.signs) == {"="}
+        return bool(
+            chain
+            and gold.signs == ("=",)
+            and _same_equation(gold, Relation((answer.parts[0], answer.parts[-1]), ("=",)))
+        )
+    if not all(isinstance(part, Value) for part in (*gold.parts, *answer.parts)):
+        names = _equal(gold.parts[0], answer.parts[0])
+        return names and _equal(gold.parts[1], answer.parts[1])
+    left, other = gold.parts[0], answer.parts[0]
+    assert isinstance(left, Value)
+    assert isinstance(other, Value)
+    function = [
+        bool(re.fullmatch(r"y|[a-z]\([a-z]\)", part.text.strip())) for part in (left, other)
+    ]
+    if all(function):
+        return _equal(gold.parts[1], answer.parts[1])
+    try:
+        first, second = (_difference(relation) for relation in (gold, answer))
+    except algebra.UnreadableError:
+        return False
+    return algebra.proportional(first, second)
+
+
+def _difference(relation: Relation) -> Any:
+    sides = [part.text for part in relation.parts if isinstance(part, Value)]
+    left, right = (algebra.parse(read_value(side).latex) for side in sides)
+    if isinstance(left, sympy.MatrixBase) or isinstance(right, sympy.MatrixBase):
+        raise algebra.UnreadableError("an equation of matrices")
+    return left - right

@@ -1,0 +1,53 @@
+"""Values inside a structure: as numbers, as names, and whether two are equal. Runs in the worker."""
+
+import re
+from functools import lru_cache
+
+from rewards.math import algebra
+from rewards.math.answers import Answer, compare, read_answer
+from rewards.math.structure import Node, Value
+
+_NAME = re.compile(r"\\?[A-Za-z]+[\w'{}]*\s*(?:\([^()=]*\))?")
+
+
+@lru_cache(maxsize=2048)
+def read_value(text: str) -> Answer:
+    """`read_answer`, remembered."""
+    return read_answer(text)
+
+
+def is_settled(answer: Answer) -> bool:
+    """Whether an answer can be compared without algebra."""
+    return answer.number is not None or answer.digits is not None or answer.phrase is not None
+
+
+def values_equal(gold: str, answer: str) -> bool:
+    """Whether two values are equal, by `answers.compare` or by algebra."""
+    wanted, stated = read_value(gold), read_value(answer)
+    verdict = compare(wanted, stated)
+    if verdict is not None:
+        return verdict
+    if wanted.unit and stated.unit and wanted.unit != stated.unit:
+        return False
+    try:
+        return algebra.equal(wanted.latex, stated.latex)
+    except algebra.UnreadableError:
+        return False
+
+
+def is_number(node: Node) -> bool:
+    """Whether a node is a value without variables."""
+    if not isinstance(node, Value):
+        return False
+    if read_value(node.text).number is not None:
+        return True
+    try:
+        parsed = algebra.parse(read_value(node.text).latex)
+    except algebra.UnreadableError:
+        return False
+    return not parsed.free_symbols
+
+
+def is_name(value: Value) -> bool:
+    """Whether a value is no more than the name of something: x, y_1, f(x), \\theta."""
+    return _NAME.fullmatch(value.text.strip()) is not None

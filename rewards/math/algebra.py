@@ -19,6 +19,8 @@ from latex2sympy2_extended.latex2sympy2 import (
 )
 from sympy.core.function import AppliedUndef
 
+from rewards.math.answers import DIGITS_APART
+
 DIGITS = 50
 EXACT = sympy.Float("1e-30", DIGITS)
 # As answers.TOLERANCE: where one side has decimals and the other has none.
@@ -31,8 +33,7 @@ _SPELLING = NormalizationConfig(
 )
 _MEANING = ConversionConfig(lowercase_symbols=False)
 _DECIMAL = re.compile(r"[0-9]*\.[0-9]+")
-_NOT_A_VALUE = re.compile(r"[0-9]\s+\.?[0-9]|^[*/^_=<>]|\.\.\.|\\l?dots|\\cdots")
-_REAL = re.compile(r"\\Reals ?")
+_NOT_A_VALUE = re.compile(DIGITS_APART.pattern + r"|^[*/^_=<>]|\.\.\.|\\l?dots|\\cdots")
 
 
 class UnreadableError(ValueError):
@@ -104,8 +105,8 @@ def same(a: Any, b: Any, tolerance: sympy.Float = EXACT) -> bool:
         return True
     if a.is_Rational and b.is_Rational:
         # A decimal for an integer is a different number, not a rounded one.
-        rounded = tolerance == APPROXIMATE and not a.is_Integer and not b.is_Integer
-        return bool(rounded and abs(a - b) <= tolerance * max(1, abs(a)))
+        exact = tolerance == EXACT or (tolerance == APPROXIMATE and 1 in (a.q, b.q))
+        return bool(not exact and abs(a - b) <= tolerance * max(1, abs(a)))
     if a.is_infinite or b.is_infinite:
         return False
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
@@ -114,14 +115,19 @@ def same(a: Any, b: Any, tolerance: sympy.Float = EXACT) -> bool:
     return _agree_at_points(a, b, symbols, tolerance)
 
 
-def proportional(a: Any, b: Any) -> bool:
-    """Whether a = c b with a constant c other than 0: then a = 0 and b = 0 say the same."""
+def proportional(a: Any, b: Any, *, positive: bool = False) -> bool:
+    """Whether a = c b with a constant c other than 0: then a = 0 and b = 0 say the same.
+
+    With `positive`, c > 0: then a > 0 and b > 0 say the same.
+    """
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     if not symbols or a.free_symbols != b.free_symbols:
         return bool(not symbols and same(a, b))
     point = _points(symbols)[0]
     at_a, at_b = _number(a, point), _number(b, point)
     if at_a is None or at_b is None or not at_a or not at_b:
+        return False
+    if positive and not (at_a / at_b).is_positive:
         return False
     return _agree_at_points(a * at_b, b * at_a, symbols, EXACT)
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 from rewards.math.extraction import NUMBER
 from rewards.math.tidy import TEXT_COMMAND, tidy
 from rewards.math.units import Unit, read_unit
-from rewards.math.words import labelled, number_word, phrase, plain_text
+from rewards.math.words import labelled, number_word, phrase, plain_text, time_of_day
 
 # Longer answers are not tried: no real one comes near, and parsing one costs time.
 MAX_LENGTH = 1000
@@ -15,13 +15,17 @@ MAX_LENGTH = 1000
 TOLERANCE = Fraction(1, 1_000_000)
 
 _POWER = r"(?:\s*\^\s*(?:[0-9]|\{\s*[0-9]\s*\}))?"
-# A single letter without a space before it is a symbol.
+_ANY_TEXT = rf"{TEXT_COMMAND}\{{[^{{}}]*\}}"
+# A single letter without a space before it is a symbol, and so is i anywhere.
 _TRAILING_UNIT = re.compile(
-    rf"(?<=\S)\s*{TEXT_COMMAND}\{{((?:\s[^{{}}]*|[^{{}}]{{2,}}))\}}({_POWER})$"
+    rf"(?<=\S)(?:\s*{TEXT_COMMAND}\{{(\s[^{{}}]*|[^{{}}]{{2,}})\}}({_POWER})"
+    rf"|\s+{TEXT_COMMAND}\{{([A-DF-HJ-Za-df-hj-z])\}}({_POWER})"
+    rf"|\s*\\frac\s*\{{\s*{_ANY_TEXT}\s*\}}\s*\{{\s*{_ANY_TEXT}\s*\}}"
+    rf"|\s*{_ANY_TEXT}\s*/\s*{_ANY_TEXT})$"
 )
 _WORD_UNIT = rf"(?:[A-Za-z]{{3,}}|cm|mm|km|ft|in|mi|yd|kg|mg|gm|lb|oz|hr|mL|ml|sq|cu)[.]?{_POWER}"
 _UNITS = rf"((?:\s+{_WORD_UNIT}(?:\s*[/-]\s*[A-Za-z]+)?)*)"
-_PERCENT = r"\s*(%|percent\b|per cent\b)?"
+_PERCENT = r"\s*(%|percent(?:age)?\b|per cent\b|pct\b)?"
 _SIMPLE = re.compile(r"\$?(-?)\$?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)\.?")
 _DECIMAL = re.compile(rf"([-+]?)\s*({NUMBER}|[0-9]+\.){_PERCENT}{_UNITS}")
 _FRACTION = re.compile(
@@ -30,11 +34,12 @@ _FRACTION = re.compile(
     rf"|({NUMBER})\s*/\s*({NUMBER}))"
     rf"{_PERCENT}{_UNITS}"
 )
-_BASED = re.compile(r"(-?)\s*([0-9A-Z.]*[0-9][0-9A-Z]*)\s*_\s*\{?\s*([0-9]+)\s*\}?")
+_BASED = re.compile(r"(-?)\s*\(?([0-9A-Z.]*[0-9][0-9A-Z]*)\)?\s*_\s*\{?\s*([0-9]+)\s*\}?")
 _REPEATING = re.compile(
     r"(-?)\s*([0-9]*)\.([0-9]*)\\(?:overline|bar|dot|overline\s)\s*\{?([0-9]+)\}?"
 )
-_DIGITS_APART = re.compile(r"[0-9]\s+\.?[0-9]")
+# Two numbers side by side are none: "5 6", but not \\log_2 3.
+DIGITS_APART = re.compile(r"(?<![_^0-9.])[0-9][0-9.]*\s+\.?[0-9]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,9 @@ def read_answer(text: str) -> Answer:
         )
     tidied = tidy(text)
     plain = plain_text(tidied)
+    time = time_of_day(plain)
+    if time is not None:
+        return Answer(tidied, phrase=time)
     latex, unit = _without_unit(tidied)
     number = _read_number(latex, unit) or _read_number(plain, unit)
     if number is not None:
@@ -102,11 +110,11 @@ def compare(gold: Answer, answer: Answer) -> bool | None:
     by_letter = _choices_equal(gold, answer)
     if by_letter is not None:
         return by_letter
-    if gold.phrase is not None or (answer.phrase is not None and gold.number is not None):
-        return gold.phrase == answer.phrase
+    if gold.phrase is not None or answer.phrase is not None:
+        return _as_phrase(gold) == _as_phrase(answer)
     if gold.latex.replace(" ", "") == answer.latex.replace(" ", ""):
         return True
-    if _DIGITS_APART.search(answer.latex) and not _DIGITS_APART.search(gold.latex):
+    if DIGITS_APART.search(answer.latex) and not DIGITS_APART.search(gold.latex):
         # "5 6" is no number, and parsers disagree on what else it is.
         return False
     return None
@@ -128,11 +136,13 @@ def _numbers_equal(gold: Answer, wanted: Fraction, answer: Answer, value: Fracti
     return any(abs(wanted - scale * value) <= allowed for scale in scales)
 
 
-def _digits_equal(gold: Answer, answer: Answer) -> bool:
+def _digits_equal(gold: Answer, answer: Answer) -> bool | None:
     if gold.digits is not None and answer.digits is not None:
         return gold.digits == answer.digits
     based, other = (gold, answer) if gold.digits is not None else (answer, gold)
-    return based.digits is not None and based.digits[0] == re.sub("[, ]", "", other.latex)
+    if based.digits is not None and based.digits[0] == re.sub("[, ]", "", other.latex):
+        return True
+    return None if "_" in other.latex else False
 
 
 def _choices_equal(gold: Answer, answer: Answer) -> bool | None:
@@ -147,11 +157,21 @@ def _choices_equal(gold: Answer, answer: Answer) -> bool | None:
     return compare(gold, read_answer(stated[1])) or None if stated[1] else None
 
 
+def _as_phrase(answer: Answer) -> str:
+    """A phrase, or a formula read as one: \\text{VW} may be VW."""
+    if answer.phrase is not None:
+        return answer.phrase
+    letters = answer.latex.replace(" ", "")
+    # A single letter is a variable, whose case counts.
+    return letters.casefold() if len(letters) > 1 else ""
+
+
 def _without_unit(latex: str) -> tuple[str, Unit | None]:
     match = _TRAILING_UNIT.search(latex)
     if match is None:
         return latex, None
-    return latex[: match.start()], read_unit(match[1].strip() + match[2])
+    name, power = match[1] or match[3] or "", match[2] or match[4] or ""
+    return latex[: match.start()], read_unit(name.strip() + power)
 
 
 def _read_number(text: str, unit: Unit | None) -> Answer | None:

@@ -14,6 +14,8 @@ from rewards.math.tidy import tidy
 from rewards.math.values import is_name, is_number, is_settled, read_value, values_equal
 
 MAX_ITEMS = 60
+# How far, relative to values above 1, the two sides of an "about equal" may be from each other.
+ROUNDED = sympy.Rational(1, 100)
 
 
 def readable(gold: str) -> bool:
@@ -68,6 +70,8 @@ def _equal(gold: Node, answer: Node) -> bool:
         return _relations_equal(gold, answer)
     if isinstance(gold, Items | Matrix) and isinstance(answer, Items | Matrix):
         return _collections_equal(gold, answer)
+    if isinstance(gold, Matrix) or isinstance(answer, Matrix):
+        return _matrices_equal(gold, answer)
     if isinstance(gold, Items) and len(gold.items) == 1:
         return _equal(gold.items[0], answer)
     if isinstance(answer, Items) and len(answer.items) == 1:
@@ -89,13 +93,40 @@ def _collections_equal(gold: Items | Matrix, answer: Items | Matrix) -> bool:
         return False
     brackets = [_brackets(gold), _brackets(answer)]
     if set(brackets) <= {"", r"\{"}:
-        return _same_set(wanted, stated)
+        # \{1, 1, 2\} is \{1, 2\}; a list says how often.
+        both = brackets == [r"\{", r"\{"]
+        return _same_items(*(tuple(dict.fromkeys(n)) if both else n for n in (wanted, stated)))
     if r"\{" in brackets or len(wanted) != len(stated):
         return False
     # (1, 2) and [1, 2] differ as intervals; with more entries, or fewer brackets, they are tuples.
     if len(wanted) == 2 and "" not in brackets and brackets[0] != brackets[1]:
         return False
     return all(map(_equal, wanted, stated))
+
+
+def _matrices_equal(gold: Node, answer: Node) -> bool:
+    """A matrix and an expression with matrices in it."""
+    matrices = []
+    for node in (gold, answer):
+        try:
+            matrices.append(_as_matrix(node))
+        except (algebra.UnreadableError, sympy.ShapeError, ValueError):
+            return False
+    return algebra.same(*matrices)
+
+
+def _as_matrix(node: Node) -> Any:
+    if isinstance(node, Value):
+        return algebra.parse(read_value(node.text).latex)
+    if not isinstance(node, Matrix):
+        raise algebra.UnreadableError("no matrix")
+    return sympy.Matrix([[_cell(cell) for cell in row] for row in node.rows])
+
+
+def _cell(node: Node) -> Any:
+    if not isinstance(node, Value):
+        raise algebra.UnreadableError("no value")
+    return algebra.parse(read_value(node.text).latex)
 
 
 def _entries(node: Items | Matrix) -> tuple[Node, ...] | None:
@@ -114,8 +145,8 @@ def _brackets(node: Items | Matrix) -> str:
     return node.opening if node.opening in ("", r"\{") else node.opening + node.closing
 
 
-def _same_set(gold: tuple[Node, ...], answer: tuple[Node, ...]) -> bool:
-    wanted, left = list(dict.fromkeys(gold)), list(dict.fromkeys(answer))
+def _same_items(gold: tuple[Node, ...], answer: tuple[Node, ...]) -> bool:
+    wanted, left = list(gold), list(answer)
     if len(wanted) != len(left):
         return False
     for item in wanted:
@@ -130,8 +161,7 @@ def _relations_equal(gold: Node, answer: Node) -> bool:
     if isinstance(gold, Relation) and isinstance(answer, Relation):
         return _same_relation(gold, answer) or _same_equation(gold, answer)
     if isinstance(answer, Relation):
-        value = _right_side(answer)
-        return value is not None and _equal(gold, value)
+        return any(_equal(gold, value) for value in _stated_values(answer))
     assert isinstance(gold, Relation)
     # x = 5 may be answered by 5, but x + y = 5 may not.
     left = gold.parts[0]
@@ -140,15 +170,37 @@ def _relations_equal(gold: Node, answer: Node) -> bool:
     return _equal(gold.parts[-1], answer)
 
 
-def _right_side(relation: Relation) -> Node | None:
-    """What an equation says its left side is; None when it says nothing or contradicts itself."""
-    if set(relation.signs) != {"="}:
-        return None
+def _stated_values(relation: Relation) -> list[Node]:
+    """What an equation says its left side is; nothing when it says nothing or contradicts itself.
+
+    1/3 \\approx 0.333 says both, if they are near each other.
+    """
+    if not set(relation.signs) <= {"=", r"\approx"}:
+        return []
     *before, last = relation.parts
-    if isinstance(last, Value) and is_name(last) and len(before) == 1 and is_number(before[0]):
-        return before[0]
-    numbers = [part for part in before if is_number(part)]
-    return last if all(_equal(part, last) for part in numbers) else None
+    if isinstance(last, Value) and _is_unknown(last) and len(before) == 1 and is_number(before[0]):
+        return before
+    cut = relation.signs.index(r"\approx") if r"\approx" in relation.signs else len(before)
+    exact, rounded = relation.parts[: cut + 1], relation.parts[cut + 1 :]
+    stated = exact[-1]
+    if any(is_number(part) and not _equal(part, stated) for part in exact[:-1]):
+        return []
+    if not rounded:
+        return [stated]
+    if isinstance(stated, Value) and _is_unknown(stated):
+        return [last] if len(rounded) == 1 else []
+    return [stated, last] if all(_near(stated, part) for part in rounded) else []
+
+
+def _near(exact: Node, rounded: Node) -> bool:
+    if not (is_number(exact) and is_number(rounded)):
+        return False
+    values = [algebra.parse(read_value(n.text).latex) for n in (exact, rounded) if isinstance(n, Value)]
+    return algebra.same(*values, tolerance=ROUNDED)
+
+
+def _is_unknown(value: Value) -> bool:
+    return is_name(value) and not is_number(value)
 
 
 def _same_relation(gold: Relation, answer: Relation) -> bool:
@@ -163,6 +215,8 @@ def _same_relation(gold: Relation, answer: Relation) -> bool:
 
 def _same_equation(gold: Relation, answer: Relation) -> bool:
     """Two equations with the same solutions: left minus right differ by a constant factor."""
+    if len(gold.signs) == len(answer.signs) == 1 and gold.signs != ("=",):
+        return _same_inequality(gold, answer)
     if gold.signs != ("=",) or answer.signs != ("=",):
         # y = ... = 2x + 1: what the last says.
         chain = len(answer.signs) > 1 and set(answer.signs) == {"="}
@@ -187,6 +241,22 @@ def _same_equation(gold: Relation, answer: Relation) -> bool:
     except algebra.UnreadableError:
         return False
     return algebra.proportional(first, second)
+
+
+def _same_inequality(gold: Relation, answer: Relation) -> bool:
+    """Two inequalities whose sides differ by the same but for a factor: x < 1 and -x > -1."""
+    if gold.signs[0] not in (answer.signs[0], FLIPPED[answer.signs[0]]):
+        return False
+    if not all(isinstance(part, Value) for part in (*gold.parts, *answer.parts)):
+        return False
+    try:
+        first, second = _difference(gold), _difference(answer)
+    except algebra.UnreadableError:
+        return False
+    if gold.signs[0] == r"\ne":
+        return algebra.proportional(first, second)
+    second = second if gold.signs == answer.signs else -second
+    return algebra.proportional(first, second, positive=True)
 
 
 def _difference(relation: Relation) -> Any:

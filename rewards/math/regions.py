@@ -8,7 +8,7 @@ from rewards.math import algebra
 from rewards.math.structure import Items, Join, Node, Relation, Value
 from rewards.math.values import is_name, is_number, read_value
 
-FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
+FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne", r"\approx": r"\approx"}
 
 
 def is_region(node: Node) -> bool:
@@ -17,7 +17,7 @@ def is_region(node: Node) -> bool:
         case Join():
             return True
         case Relation(_, signs):
-            return "=" not in signs
+            return not {"=", r"\approx"} & set(signs)
         case Items(opening, closing, items):
             half_open = opening + closing in ("(]", "[)")
             return half_open or any(
@@ -46,6 +46,8 @@ def _as_set(node: Node) -> Any:
             raise algebra.UnreadableError("no set")
         case Items(opening, closing, items) if opening in ("(", "[") and len(items) == 2:
             start, end = map(_bound, items)
+            if not start < end:
+                raise algebra.UnreadableError("no interval")
             return sympy.Interval(start, end, opening == "(", closing == ")")
         case Items(r"\{", _, items):
             return sympy.FiniteSet(*map(_bound, items))
@@ -54,7 +56,11 @@ def _as_set(node: Node) -> Any:
             excluded = all(isinstance(i, Relation) and i.signs == (r"\ne",) for i in items)
             return sympy.Intersection(*parts) if excluded else sympy.Union(*parts)
         case Join(sign, parts):
-            sets = [_as_set(part) for part in parts]
+            # {1} in a union, written without the backslashes.
+            sets = [
+                sympy.FiniteSet(_bound(part)) if _is_bound(part) else _as_set(part)
+                for part in parts
+            ]
             if sign == r"\cup":
                 return sympy.Union(*sets)
             return (
@@ -113,7 +119,7 @@ def _bound(node: Node) -> Any:
 def same_region(a: Any, b: Any) -> bool:
     """Unions of intervals whose bounds are equal in value but not in form."""
     pieces = [list(s.args) if isinstance(s, sympy.Union) else [s] for s in (a, b)]
-    if len(pieces[0]) != len(pieces[1]):
+    if len(pieces[0]) != len(pieces[1]) or sympy.S.EmptySet in (a, b):
         return False
     return all(_same_piece(x, y) for x, y in zip(*map(_ordered, pieces), strict=True))
 

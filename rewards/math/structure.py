@@ -21,8 +21,10 @@ _MATRIX = re.compile(
     r"\\end\s*\{(?:[pbBv]?matrix|smallmatrix|array)\}",
     re.DOTALL,
 )
-_RELATIONS = ("=", "<", ">", r"\le", r"\ge", r"\ne")
-_NAME_IS = re.compile(r"[A-Za-z][\w'{}]*(?:\([A-Za-z0-9, ]*\))?\s*(?:=|\\in(?![a-z]))\s*(?=[^=]*$)")
+_RELATIONS = ("=", "<", ">", r"\le", r"\ge", r"\ne", r"\approx")
+_NAME_IS = re.compile(
+    r"\\?[A-Za-z]+[\w'{}]*(?:\([A-Za-z0-9, ]*\))?\s*(=|\\in(?![a-z])|\\ne(?![a-z]))\s*(?=[^=]*$)"
+)
 _TEXT_ONLY = re.compile(TEXT_COMMAND + r"\{[^{}]*\}")
 _SETTING = re.compile(r"\\(?:mid|vert)(?![A-Za-z])|[|:]")
 
@@ -98,7 +100,7 @@ def read_structure(text: str, depth: int = 0) -> Node:
         parts = _split(text, (sign,))[0]
         if len(parts) > 1:
             return Join(sign, tuple(read_structure(part, depth + 1) for part in parts))
-    if r"\pm" in text or r"\mp" in text:
+    if (r"\pm" in text or r"\mp" in text) and not text.startswith(("{", r"\{")):
         upper = re.sub(r"\\pm(?![a-z])", "+", re.sub(r"\\mp(?![a-z])", "-", text))
         lower = re.sub(r"\\pm(?![a-z])", "-", re.sub(r"\\mp(?![a-z])", "+", text))
         return Items("", "", (read_structure(upper, depth + 1), read_structure(lower, depth + 1)))
@@ -118,15 +120,20 @@ def _read_list(pieces: list[str], depth: int) -> Items:
     first = _NAME_IS.match(pieces[0].strip())
     if first is not None and not any(_split(piece, _RELATIONS)[1] for piece in pieces[1:]):
         pieces = [pieces[0].strip()[first.end() :], *pieces[1:]]
+        if first[1] == r"\ne":
+            # x \ne 1, 2: neither.
+            pieces = [first.group() + piece for piece in pieces]
+    return Items("", "", _read_items(pieces, depth))
+
+
+def _read_items(pieces: list[str], depth: int) -> tuple[Node, ...]:
     items: list[Node] = []
-    for piece in pieces:
-        if not piece.strip():
-            continue
+    for piece in filter(str.strip, pieces):
         node = read_structure(piece, depth + 1)
         # 1, 2 ± 3: three items.
-        bare = isinstance(node, Items) and not node.opening and r"\p" in piece + r"\m"
+        bare = isinstance(node, Items) and not node.opening
         items.extend(node.items if bare and isinstance(node, Items) else [node])
-    return Items("", "", tuple(items))
+    return tuple(items)
 
 
 def _read_relation(parts: list[str], signs: list[str], depth: int) -> Node:
@@ -159,8 +166,7 @@ def _read_brackets(text: str, depth: int) -> Node:
         return Value(text)
     if opening == "{":
         opening, closing = r"\{", r"\}"
-    nodes = tuple(read_structure(item, depth + 1) for item in items if item.strip())
-    return Items(opening, closing, nodes)
+    return Items(opening, closing, _read_items(items, depth))
 
 
 def _outer_brackets(text: str) -> tuple[str, str, str]:

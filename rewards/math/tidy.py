@@ -37,7 +37,6 @@ _SIGNS = {
     "\N{GREEK SMALL LETTER BETA}": r"\beta ",
     "\N{INFINITY}": r"\infty ",
     "\N{PLUS-MINUS SIGN}": r"\pm ",
-    "\N{SQUARE ROOT}": r"\sqrt ",
     "\N{UNION}": r"\cup ",
     "\N{INTERSECTION}": r"\cap ",
     "\N{ELEMENT OF}": r"\in ",
@@ -55,6 +54,7 @@ _SIGNS = {
     "\N{LEFT DOUBLE QUOTATION MARK}": '"',
     "\N{RIGHT DOUBLE QUOTATION MARK}": '"',
     "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+    "\N{IDEOGRAPHIC FULL STOP}": ".",
     "\N{NO-BREAK SPACE}": " ",
     "\N{NARROW NO-BREAK SPACE}": " ",
     **{sign: f"^{{{power}}}" for power, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
@@ -65,7 +65,14 @@ _END = r"(?![A-Za-z])"
 TEXT_COMMAND = (
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|operatorname)\s*"
 )
-_DEGREES = re.compile(rf"\s*\^\s*(?:\\circ{_END}|\{{\s*\\circ\s*\}})|\s*\\degree{_END}")
+_DEGREE = rf"(?:\^\s*(?:\\circ{_END}|\{{\s*\\circ\s*\}})|\\degree{_END})"
+_DEGREES = re.compile(rf"\s*{_DEGREE}")
+_ANGLE = re.compile(rf"([0-9.]+|\b[a-z]\b|\\[a-z]+)\s*{_DEGREE}")
+_BRACED = re.compile(r"\{([^{},]*(?:\{[^{}]*\}[^{},]*)*)\}$")
+# One degree, as a factor.
+DEGREES = r"\cdot \frac{\pi}{180} "
+# Not an ellipsis.
+_END_OF_SENTENCE = re.compile(r"(?<![.\s])\s*(?:\.{1,2}|[,;]+)$")
 _TRIGONOMETRY = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 
 
@@ -83,27 +90,37 @@ _REWRITES = _compiled(
     (rf"\\langle{_END}", "("),
     (rf"\\rangle{_END}", ")"),
     # Thousands separators that are no plain comma: 1,\!000  1{,}000  1\,000  1 000
-    (r",\s*\\!\s*|\{,\}|(?<=[0-9])\\[,;: ](?=[0-9]{3}(?![0-9]))", ","),
+    (r"(?<=[0-9])(?:\s?,\s?\\!\s?|\s?\{\s?,\s?\}\s?|\\[,;: ])(?=[0-9]{3}(?![0-9]))", ""),
+    (r"\{,\}", ","),
     (r"\\!", ""),
+    (r"(?<!\\)\\$", ""),
     # Not after a backslash: a double one ends a row of a matrix.
     (r"(?<!\\)\\[,;:> ()\[\]]|(?<!\\)\\\n", " "),
     (rf"\\(?:q?quad|displaystyle|textstyle|limits|nolimits|hfill|,){_END}|~", " "),
     (r"\\?[$€£¥₹]|^\*\*|\*\*$", " "),
-    # A single letter in upright type is a symbol: 3\mathrm{i}.
-    (r"\\mathrm\s*\{([A-Za-z])\}", r"\1"),
-    (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|ensuremath)\s*\{([^{}]*)\}", r"{\1}"),
+    # A single letter in upright type is a symbol (3\mathrm{i}), and a unit after a space.
+    (r"(?<!\s)\\mathrm\s*\{([A-Za-z])\}|\\mathrm\s*\{([ei])\}", r"\1\2"),
+    (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|ensuremath|underline|boxed)\s*\{([^{}]*)\}", r"{\1}"),
+    (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
+    (rf"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge|bf|rm|it){_END}", ""),
+    # A segment by its ends; a bar over digits is a repeating decimal.
+    (r"\\(?:overline|overrightarrow|overleftrightarrow|widehat)\s*\{([A-Z]{2,})\}", r"\1"),
     (r"\\%", "%"),
-    (rf"\\[dtc]frac{_END}", r"\\frac"),
+    (rf"\\(?:[dtc]frac|nicefrac|sfrac){_END}", r"\\frac"),
     (rf"\\leq?(?:slant)?{_END}|<=|≤", r"\\le "),
     (rf"\\geq?(?:slant)?{_END}|>=", r"\\ge "),
     (rf"\\neq?{_END}|\\not\s*=|!=", r"\\ne "),
+    (rf"\\(?:approx|doteq|simeq|thickapprox){_END}|≈", r"\\approx "),
     (rf"\\lt{_END}", "<"),
     (rf"\\gt{_END}", ">"),
     (rf"\\colon{_END}", ":"),
     (rf"\\(?:backslash|smallsetminus){_END}", r"\\setminus "),
     (rf"\\(?:varnothing){_END}", r"\\emptyset "),
+    (rf"(?:{TEXT_COMMAND}\{{\s*)?\b[Aa]ll real(?: number)?s\b(?:\s*\}})?", r"\\Reals "),
     (r"\\(?:mathbb\s*\{?\s*R\s*\}?|R(?![A-Za-z]))", r"\\Reals "),
-    # Plain-text spellings: sqrt(2)  pi  infinity  x**2
+    # Plain-text spellings: √15  sqrt(2)  pi  infinity  x**2
+    (r"√\s*([0-9]+(?:\.[0-9]+)?|[A-Za-z])", r"\\sqrt{\1}"),
+    (r"√", r"\\sqrt "),
     (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?<![\\A-Za-z])sqrt(?=\s*[0-9{])", r"\\sqrt "),
     (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
@@ -117,7 +134,7 @@ _REWRITES = _compiled(
     (r"\\sqrt\s*([0-9a-zA-Z]|\\[a-z]+)", r"\\sqrt{\1}"),
     # Words between several answers.
     (rf",?\s*{TEXT_COMMAND}\{{\s*,?\s*(?:and|or)\s*\}}", ", "),
-    (r"(?<=[0-9)}\]]),?\s+(?:and|or)\s+(?=[-+0-9(\[\\])", ", "),
+    (r"(?<=[0-9)}\]]),?\s+(?:and|or)\s+(?=[-+0-9(\[\\]|[a-z]\s*=)", ", "),
 )
 
 
@@ -125,12 +142,14 @@ def tidy(text: str) -> str:
     r"""One line of LaTeX in one spelling.
 
     >>> tidy(r"$\left(1{,}000 ,\ \dfrac12\right)$.")
-    '(1,000 , \\frac{1}{2})'
+    '(1000 , \\frac{1}{2})'
     """
     text = text.strip().translate(_CHARACTERS)
     # In a sine the unit of an angle counts; elsewhere it is left out as other units are.
-    in_radians = r"\\cdot\\frac{\\pi}{180}" if _TRIGONOMETRY.search(text) else " "
-    text = _DEGREES.sub(in_radians, text)
+    if _TRIGONOMETRY.search(text):
+        text = _ANGLE.sub(lambda match: f"({match[1]}{DEGREES})", text)
+    text = _DEGREES.sub(" ", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    return " ".join(text.split()).rstrip(".,; ").lstrip(": ")
+    text = _END_OF_SENTENCE.sub("", " ".join(text.split())).lstrip(": ")
+    return _BRACED.sub(r"\1", text) if text.startswith("{") else text

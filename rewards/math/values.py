@@ -6,6 +6,7 @@ from functools import lru_cache
 from rewards.math import algebra
 from rewards.math.answers import Answer, compare, read_answer
 from rewards.math.structure import Node, Value
+from rewards.math.tidy import DEGREES
 
 _NAME = re.compile(r"\\?[A-Za-z]+[\w'{}]*\s*(?:\([^()=]*\))?")
 
@@ -29,8 +30,12 @@ def values_equal(gold: str, answer: str) -> bool:
         return verdict
     if wanted.unit and stated.unit and wanted.unit != stated.unit:
         return False
+    first, second = wanted.latex, stated.latex
+    if (DEGREES in first) != (DEGREES in second):
+        # The sign for degrees may be left out, as other units may.
+        first, second = first.replace(DEGREES, " "), second.replace(DEGREES, " ")
     try:
-        return algebra.equal(wanted.latex, stated.latex)
+        return algebra.equal(first, second)
     except algebra.UnreadableError:
         return False
 

@@ -6,13 +6,15 @@ from rewards.math.tidy import TEXT_COMMAND
 
 _TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
 _CLOCK = re.compile(r"([0-9]{1,2})(:[0-9]{2})?\s*([ap])\.?\s*(m?)\.?", re.IGNORECASE)
+_BARE_CLOCK = re.compile(r"[0-9]{1,2}:0[0-9]")
 _CHOICES = re.compile(r"\(?\s*[A-Z]\s*\)?(?:\s*,\s*\(?\s*[A-Z]\s*\)?)*")
 # "(C)", "C)", "C.", "option C", and with the text of the option behind: "(C) 42".
 _LABEL = re.compile(
     r"(?:(?:option|choice|answer)\s+)?(?:\(\s*([A-Ja-j])\s*\)|([A-Ja-j])(?=[).:]|$))[).:]?\s*(.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_LETTER = re.compile(r"\b[A-J]\b")
+# Another answer behind the first: "(C) or (D)", "(C) and 5".
+_SECOND = re.compile(r"\b[A-J]\b|^(?:and|or)\b|^,")
 _WORD = re.compile(r"[A-Za-z]{3,}")
 # Beside these, letters are variables.
 _FORMULA_WORDS = re.compile(
@@ -72,6 +74,18 @@ def number_word(plain: str) -> int | None:
     return _NUMBERS.get(plain.casefold())
 
 
+def time_of_day(plain: str) -> str | None:
+    """A time such as 4:30 p.m., 9 am or 12:00 in one spelling; None for anything else.
+
+    Without "am" or "pm", 4:30 is a ratio; 4:05 is not.
+    """
+    clock = _CLOCK.fullmatch(plain)
+    if clock is None:
+        return plain if _BARE_CLOCK.fullmatch(plain) else None
+    minutes = "" if clock[2] == ":00" else clock[2] or ""
+    return f"{int(clock[1])}{minutes}{clock[3]}{clock[4]}".casefold()
+
+
 def phrase(latex: str, plain: str) -> str | None:
     r"""The answer in words, folded for comparison; None when it is a formula.
 
@@ -80,13 +94,9 @@ def phrase(latex: str, plain: str) -> str | None:
     >>> phrase(r"\text{(C), (A)}", "(C), (A)")
     'a,c'
     """
-    clock = _CLOCK.fullmatch(plain)
-    if clock is not None:
-        minutes = "" if clock[2] == ":00" else clock[2] or ""
-        return f"{int(clock[1])}{minutes}{clock[3]}{clock[4]}".casefold()
     if not any(character.isalnum() for character in plain):
         return None
-    if _TEXT.fullmatch(latex.strip("() ")) or _CHOICES.fullmatch(plain):
+    if _TEXT.fullmatch(latex.strip("() ")) or _CHOICES.fullmatch(plain.strip("\\{} ")):
         return _fold(plain)
     words = _WORD.findall(plain)
     is_formula = not _FORMULA_SIGNS.isdisjoint(plain) or any(map(_FORMULA_WORDS.fullmatch, words))
@@ -100,7 +110,7 @@ def labelled(plain: str) -> tuple[str, str] | None:
     ('c', '42')
     """
     match = _LABEL.fullmatch(plain)
-    if match is None or _LETTER.search(match[3]):
+    if match is None or _SECOND.search(match[3]):
         return None
     return (match[1] or match[2]).casefold(), match[3].strip()
 

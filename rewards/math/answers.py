@@ -23,6 +23,8 @@ _TRAILING_UNIT = re.compile(
     rf"|\s*\\frac\s*\{{\s*{_ANY_TEXT}\s*\}}\s*\{{\s*{_ANY_TEXT}\s*\}}"
     rf"|\s*{_ANY_TEXT}\s*/\s*{_ANY_TEXT})$"
 )
+# Another answer rather than a unit: 5\\text{ or 6}.
+_NO_UNIT = re.compile(r"\b(?:or|and)\b|\s[0-9]")
 _WORD_UNIT = rf"(?:[A-Za-z]{{3,}}|cm|mm|km|ft|in|mi|yd|kg|mg|gm|lb|oz|hr|mL|ml|sq|cu)[.]?{_POWER}"
 _UNITS = rf"((?:\s+{_WORD_UNIT}(?:\s*[/-]\s*[A-Za-z]+)?)*)"
 _PERCENT = r"\s*(%|percent(?:age)?\b|per cent\b|pct\b)?"
@@ -171,6 +173,8 @@ def _without_unit(latex: str) -> tuple[str, Unit | None]:
     if match is None:
         return latex, None
     name, power = match[1] or match[3] or "", match[2] or match[4] or ""
+    if _NO_UNIT.search(name):
+        return latex, None
     return latex[: match.start()], read_unit(name.strip() + power)
 
 

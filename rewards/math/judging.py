@@ -195,7 +195,9 @@ def _stated_values(relation: Relation) -> list[Node]:
 def _near(exact: Node, rounded: Node) -> bool:
     if not (is_number(exact) and is_number(rounded)):
         return False
-    values = [algebra.parse(read_value(n.text).latex) for n in (exact, rounded) if isinstance(n, Value)]
+    values = [
+        algebra.parse(read_value(n.text).latex) for n in (exact, rounded) if isinstance(n, Value)
+    ]
     return algebra.same(*values, tolerance=ROUNDED)
 
 

@@ -56,7 +56,7 @@ class Pool:
     """
 
     def __init__(self, children: int | None = None) -> None:
-        self.children = children or min(MOST_CHILDREN, len(os.sched_getaffinity(0)))
+        self.children = children or min(MOST_CHILDREN, _processors())
         self._reset()
 
     def _reset(self) -> None:
@@ -145,6 +145,13 @@ class Pool:
         if self._end is not None:
             self._end()
         self._keeper = self._end = None
+
+
+def _processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _replies(keeper: subprocess.Popen[bytes], seconds: float) -> Iterator[tuple[Any, Any]]:

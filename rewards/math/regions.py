@@ -8,7 +8,15 @@ from rewards.math import algebra
 from rewards.math.structure import Items, Join, Node, Relation, Value
 from rewards.math.values import is_name, is_number, read_value
 
-FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne", r"\approx": r"\approx"}
+FLIPPED = {
+    "<": ">",
+    ">": "<",
+    r"\le": r"\ge",
+    r"\ge": r"\le",
+    "=": "=",
+    r"\ne": r"\ne",
+    r"\approx": r"\approx",
+}
 
 
 def is_region(node: Node) -> bool:

@@ -100,7 +100,10 @@ _REWRITES = _compiled(
     (r"\\?[$€£¥₹]|^\*\*|\*\*$", " "),
     # A single letter in upright type is a symbol (3\mathrm{i}), and a unit after a space.
     (r"(?<!\s)\\mathrm\s*\{([A-Za-z])\}|\\mathrm\s*\{([ei])\}", r"\1\2"),
-    (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|ensuremath|underline|boxed)\s*\{([^{}]*)\}", r"{\1}"),
+    (
+        r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|ensuremath|underline|boxed)\s*\{([^{}]*)\}",
+        r"{\1}",
+    ),
     (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
     (rf"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge|bf|rm|it){_END}", ""),
     # A segment by its ends; a bar over digits is a repeating decimal.

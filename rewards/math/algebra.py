@@ -86,6 +86,11 @@ def equal(gold: str, answer: str) -> bool:
     return same(parse(gold), parse(answer), tolerance=tolerance(gold, answer))
 
 
+def rational(value: Fraction) -> sympy.Rational:
+    """A fraction as sympy's."""
+    return sympy.Rational(value.numerator, value.denominator)
+
+
 def tolerance(gold: str, answer: str) -> sympy.Float:
     """APPROXIMATE when just one of the two has decimals, else EXACT."""
     mixed = bool(_DECIMAL.search(gold)) != bool(_DECIMAL.search(answer))

@@ -11,7 +11,14 @@ from rewards.math.answers import read_answer
 from rewards.math.regions import FLIPPED, is_region, region, same_region
 from rewards.math.structure import Items, Join, Matrix, Node, Relation, Value, read_structure
 from rewards.math.tidy import tidy
-from rewards.math.values import is_name, is_number, is_settled, read_value, values_equal
+from rewards.math.values import (
+    is_name,
+    is_number,
+    is_settled,
+    parse_value,
+    read_value,
+    values_equal,
+)
 
 MAX_ITEMS = 60
 # How far, relative to values above 1, the two sides of an "about equal" may be from each other.
@@ -42,7 +49,7 @@ def _readable(node: Node) -> bool:
             if is_settled(read_value(text)) or region(node) is not None:
                 return True
             try:
-                algebra.parse(read_value(text).latex)
+                parse_value(node)
             except algebra.UnreadableError:
                 return False
             return True
@@ -117,7 +124,7 @@ def _matrices_equal(gold: Node, answer: Node) -> bool:
 
 def _as_matrix(node: Node) -> Any:
     if isinstance(node, Value):
-        return algebra.parse(read_value(node.text).latex)
+        return parse_value(node)
     if not isinstance(node, Matrix):
         raise algebra.UnreadableError("no matrix")
     return sympy.Matrix([[_cell(cell) for cell in row] for row in node.rows])
@@ -126,7 +133,7 @@ def _as_matrix(node: Node) -> Any:
 def _cell(node: Node) -> Any:
     if not isinstance(node, Value):
         raise algebra.UnreadableError("no value")
-    return algebra.parse(read_value(node.text).latex)
+    return parse_value(node)
 
 
 def _entries(node: Items | Matrix) -> tuple[Node, ...] | None:
@@ -193,12 +200,11 @@ def _stated_values(relation: Relation) -> list[Node]:
 
 
 def _near(exact: Node, rounded: Node) -> bool:
+    if not (isinstance(exact, Value) and isinstance(rounded, Value)):
+        return False
     if not (is_number(exact) and is_number(rounded)):
         return False
-    values = [
-        algebra.parse(read_value(n.text).latex) for n in (exact, rounded) if isinstance(n, Value)
-    ]
-    return algebra.same(*values, tolerance=ROUNDED)
+    return algebra.same(parse_value(exact), parse_value(rounded), ROUNDED)
 
 
 def _is_unknown(value: Value) -> bool:
@@ -262,8 +268,7 @@ def _same_inequality(gold: Relation, answer: Relation) -> bool:
 
 
 def _difference(relation: Relation) -> Any:
-    sides = [part.text for part in relation.parts if isinstance(part, Value)]
-    left, right = (algebra.parse(read_value(side).latex) for side in sides)
+    left, right = (parse_value(side) for side in relation.parts if isinstance(side, Value))
     if isinstance(left, sympy.MatrixBase) or isinstance(right, sympy.MatrixBase):
         raise algebra.UnreadableError("an equation of matrices")
     return left - right

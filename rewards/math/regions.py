@@ -117,7 +117,7 @@ def _bound(node: Node) -> Any:
         raise algebra.UnreadableError("no bound")
     read = read_value(node.text)
     if read.number is not None:
-        return sympy.Rational(read.number.numerator, read.number.denominator)
+        return algebra.rational(read.number)
     value = algebra.parse(node.text)
     if value.free_symbols or not (value.is_extended_real or value.is_number):
         raise algebra.UnreadableError("no bound")

@@ -2,6 +2,7 @@
 
 import re
 from functools import lru_cache
+from typing import Any
 
 from rewards.math import algebra
 from rewards.math.answers import Answer, compare, read_answer
@@ -35,9 +36,21 @@ def values_equal(gold: str, answer: str) -> bool:
         # The sign for degrees may be left out, as other units may.
         first, second = first.replace(DEGREES, " "), second.replace(DEGREES, " ")
     try:
-        return algebra.equal(first, second)
+        a, b = _parsed(wanted, first), _parsed(stated, second)
     except algebra.UnreadableError:
         return False
+    return algebra.same(a, b, algebra.tolerance(first, second))
+
+
+def parse_value(value: Value) -> Any:
+    """A value as sympy's. Raises algebra.UnreadableError and TooLargeError."""
+    read = read_value(value.text)
+    return _parsed(read, read.latex)
+
+
+def _parsed(answer: Answer, latex: str) -> Any:
+    # Mixed numbers are read here alone: to a parser 1 1/2 is a product.
+    return algebra.parse(latex) if answer.number is None else algebra.rational(answer.number)
 
 
 def is_number(node: Node) -> bool:

@@ -40,7 +40,7 @@ class UnreadableError(ValueError):
     """The text is no formula."""
 
 
-class TooLargeError(ValueError):
+class TooLargeError(ArithmeticError):
     """Evaluating the formula would take numbers of more than MAX_DIGITS digits."""
 
 
@@ -153,11 +153,13 @@ def _agree_at_points(a: Any, b: Any, symbols: list[Any], tolerance: sympy.Float)
 
 
 def _points(symbols: list[Any]) -> list[dict[Any, Any]]:
-    """Values for the symbols: below 1, above 1, and of mixed sign."""
+    """Values for the symbols: below 1, above 1, far from 0, below 0, and of mixed sign."""
     primes = itertools.count(2)
     near = [sympy.Rational(sympy.prime(next(primes)), 97) for _ in symbols]
     above = [sympy.Rational(sympy.prime(next(primes) + 40), 83) for _ in symbols]
-    points = [near, above, [-x for x in near], [x if n % 2 else -x for n, x in enumerate(above)]]
+    far = [60 * x for x in above]
+    mixed = [x if n % 2 else -x for n, x in enumerate(above)]
+    points = [near, above, far, [-x for x in near], mixed]
     return [dict(zip(symbols, values, strict=True)) for values in points]
 
 

@@ -68,7 +68,7 @@ TEXT_COMMAND = (
 _DEGREE = rf"(?:\^\s*(?:\\circ{_END}|\{{\s*\\circ\s*\}})|\\degree{_END})"
 _DEGREES = re.compile(rf"\s*{_DEGREE}")
 _ANGLE = re.compile(rf"([0-9.]+|\b[a-z]\b|\\[a-z]+)\s*{_DEGREE}")
-_BRACED = re.compile(r"\{([^{},]*(?:\{[^{}]*\}[^{},]*)*)\}$")
+_BRACED = re.compile(r"\{([^{},]*(?:\{[^{}]*\}[^{},]*)*)\}")
 # One degree, as a factor.
 DEGREES = r"\cdot \frac{\pi}{180} "
 # Not an ellipsis.
@@ -114,6 +114,8 @@ _REWRITES = _compiled(
     (rf"\\geq?(?:slant)?{_END}|>=", r"\\ge "),
     (rf"\\neq?{_END}|\\not\s*=|!=", r"\\ne "),
     (rf"\\(?:approx|doteq|simeq|thickapprox){_END}|≈", r"\\approx "),
+    # A sign before the only value.
+    (r"^\s*(?:=|\\approx)\s*", ""),
     (rf"\\lt{_END}", "<"),
     (rf"\\gt{_END}", ">"),
     (rf"\\colon{_END}", ":"),
@@ -155,4 +157,5 @@ def tidy(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _END_OF_SENTENCE.sub("", " ".join(text.split())).lstrip(": ")
-    return _BRACED.sub(r"\1", text) if text.startswith("{") else text
+    braced = _BRACED.fullmatch(text)
+    return text if braced is None else braced[1]

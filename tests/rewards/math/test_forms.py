@@ -7,6 +7,11 @@ from rewards.math.judging import equal, readable
 
 EQUAL = [
     ("|x-3|", "|3-x|"),
+    (r"e^{12}", "{e}^{12}"),
+    ("3.14", r"\approx 3.14"),
+    ("120", r"\frac{10!}{3!7!}"),
+    ("120", r"= 120"),
+    ("1024", "2^{10}"),
     (r"1 \pm \sqrt{23}", r"1 - \sqrt{23}, 1+\sqrt{23}"),
     (r"1 \pm \sqrt{23}", r"x = 1 \pm \sqrt{23}"),
     (r"\{2\pm\sqrt{3},-1\}", r"-1, 2+\sqrt3, 2-\sqrt3"),
@@ -222,6 +227,9 @@ EQUAL = [
     (r"\frac{5}{2},-3", r"\{-3, \frac52\}"),
 ]
 UNEQUAL = [
+    ("|x-3|", "3-x"),
+    ("|x-3|", "x-3"),
+    (r"\sqrt{x^2-6x+9}", "3-x"),
     ("[-3,8]", r"x \ge -2, x \le 7"),
     (r"\text{even}", "even function"),
     (r"\frac{\pi}{4}", r"45^\circ"),

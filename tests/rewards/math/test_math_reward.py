@@ -240,7 +240,19 @@ texts = st.one_of(st.text(max_size=200), st.lists(pieces, max_size=25).map("".jo
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     text=st.one_of(texts, texts.map(boxed)),
-    gold=st.sampled_from(["7", "1/2", r"\sqrt{2}", "(1,2)", r"\text{even}", "x+1", "11_2"]),
+    gold=st.sampled_from(
+        [
+            *["7", "1/2", r"\sqrt{2}", "(1,2)", r"\text{even}", "x+1", "11_2", "(1,2]", "x = 7"],
+            *[
+                r"\pm 2",
+                r"\begin{pmatrix} 7 \\ 1 \end{pmatrix}",
+                "C",
+                r"7\text{ cm}",
+                r"7\%",
+                "7:1",
+            ],
+        ]
+    ),
     fallback=st.sampled_from(["none", "last_number"]),
 )
 def test_any_text_gets_a_number_in_range(text: str, gold: str, fallback: str) -> None:

@@ -7,10 +7,19 @@ the text, whatever the text is.
 import re
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+# \boxed without braces holds what follows up to a space or the end of the formula: \boxed 5.
+_UNBRACED = re.compile(r"\\(?:boxed|fbox)\s*([^\s{}$\\]+)(?=[\s$\\]|$)")
+# What may stand between two boxes of one answer: "$\boxed{2}$ and $y = \boxed{3}$".
+_BETWEEN = re.compile(
+    r"(?:\\[()\[\] ,;]|\\q?quad|\\text\s*\{\s*,?\s*(?:and|or)?\s*\}|[\s$,;&]|\band\b|\bor\b"
+    r"|[A-Za-z](?:_[0-9])?\s*=)*"
+)
 _HASHES = re.compile(r"####([^\n]*)")
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _ANSWER_IS = re.compile(
     r"\banswer\b\*{0,3}(?:[ \t]to[ \t][^.:\n]{1,80}?)?[ \t]{0,3}(?:\bis\b|[:=])"
+    r"|^[ \t#*]{0,8}(?:final[ \t])?answer[ \t:*]{0,8}$"
+    r"|答案(?:是|为|：|:)"
     r"|^[ \t]{0,8}\*{0,3}A:",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -31,6 +40,7 @@ def final_answer(text: str, *, last_number: bool = False) -> str | None:
 
     The first of these kinds that occurs decides, and of one kind the last occurrence:
     1. `\boxed{x}` (or `\fbox{x}`), with nested braces; one that is never closed does not count;
+       different boxes with nothing but "and", "or", commas and spaces between them are one list;
     2. `#### x` to the end of the line; where x begins with a word it is a heading, and counts only
        on the last line;
     3. `<answer>x</answer>`;
@@ -44,9 +54,9 @@ def final_answer(text: str, *, last_number: bool = False) -> str | None:
     '10'
     """
     text = text.rpartition("</think>")[2]
-    boxed = boxed_contents(text)
-    if boxed:
-        return boxed[-1].strip()
+    boxed = _in_last_boxes(text)
+    if boxed is not None:
+        return boxed
     for find in (_after_hashes, _in_answer_tag, _after_answer_is):
         found = find(text)
         if found is not None:
@@ -60,6 +70,10 @@ def boxed_contents(text: str) -> list[str]:
     >>> boxed_contents(r"\boxed{\frac{1}{2}} \boxed{\{1, 2\}} \boxed{")
     ['\\frac{1}{2}', '\\{1, 2\\}']
     """
+    return [text[start:end] for start, end in _box_spans(text)]
+
+
+def _box_spans(text: str) -> list[tuple[int, int]]:
     if "\\boxed" not in text and "\\fbox" not in text:
         return []
     # A negative start marks an ordinary brace.
@@ -75,7 +89,23 @@ def boxed_contents(text: str) -> list[str]:
             open_braces.append(-1)
         elif word.endswith("{") and len(word) > 2:
             open_braces.append(token.end())
-    return [text[start:end] for start, end in _innermost(spans)]
+    return _innermost(spans)
+
+
+def _in_last_boxes(text: str) -> str | None:
+    """The last box; with those before it when nothing but separators stands between."""
+    spans = _box_spans(text)
+    if not spans:
+        unbraced = _UNBRACED.findall(text)
+        return unbraced[-1].rstrip(".,;") if unbraced else None
+    contents = [text[spans[-1][0] : spans[-1][1]].strip()]
+    for (_, end), (start, _) in zip(spans[-2::-1], spans[:0:-1], strict=True):
+        opening = max(text.rfind("\\boxed", end, start), text.rfind("\\fbox", end, start))
+        if _BETWEEN.fullmatch(text, end + 1, opening) is None:
+            break
+        contents.append(text[slice(*spans[len(spans) - len(contents) - 1])].strip())
+    different = list(dict.fromkeys(reversed(contents)))
+    return ", ".join(different)
 
 
 def _innermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

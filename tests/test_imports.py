@@ -21,6 +21,7 @@ ROOMS = [
     "rollout",
     "footprint",
     "evaluate",
+    "mismatch",
     "training",
     "dryrun",
     "doctor",

@@ -188,7 +188,7 @@ def run(
     seed = recipe.seed if recipe else 0
     tokens = grpo.get("max_completion_length") or (recipe.eval.max_tokens if recipe else 64)
     policy = checkpoint.load(folder, dtype=torch.float32, attn_implementation="sdpa")
-    asked = _prompts(folder, recipe, policy.config.vocab_size, prompts)
+    asked = prompts_of(folder, recipe, policy.config.vocab_size, prompts)
     completions = sampled(folder, settings, asked, tokens, temperature, seed)
     if torch.cuda.is_available():
         policy.to("cuda")
@@ -204,7 +204,8 @@ def run(
     }
 
 
-def _prompts(folder: Path, recipe: Recipe | None, vocabulary: int, count: int) -> list[list[int]]:
+def prompts_of(folder: Path, recipe: Recipe | None, vocabulary: int, count: int) -> list[list[int]]:
+    """Return up to `count` prompts as tokens: of data.eval, else data.train, else random ones."""
     if recipe is None:
         source = random.Random(0)
         return [source.choices(range(vocabulary), k=RANDOM_PROMPT_TOKENS) for _ in range(count)]

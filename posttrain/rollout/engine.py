@@ -223,6 +223,8 @@ class Engine:
         if not environment.on_cpu():
             model = self.llm.llm_engine.model_config.hf_text_config.to_dict()
             layers, experts = launch.moe_layers(model), model["n_routed_experts"]
+            if any(o.outputs[0].routed_experts is None for o in outputs):
+                raise EngineError("vLLM returned completions without their expert choices")
             return [returned(o.outputs[0].routed_experts, layers, experts) for o in outputs]
         lengths = {
             o.request_id: len(o.prompt_token_ids) + len(o.outputs[0].token_ids) for o in outputs

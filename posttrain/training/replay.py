@@ -88,10 +88,7 @@ class RoutingReplay(GRPOTrainer):
         measured = self.args.mismatch_split and len(records) == len(attention_mask)
         self._old = {}
         if measured or mode == "r3":
-            width = attention_mask.shape[1]
-            prompt = width - logits_to_keep
-            starts = (prompt - attention_mask[:, :prompt].sum(dim=1)).tolist()
-            record = aligned(records, starts, width).to(attention_mask.device)
+            record = engine_record(records, attention_mask[:, :-logits_to_keep], logits_to_keep)
             self._old |= {"engine": record, "replayed_logps": scored(record, False)[0]}
         if measured or mode != "r3":
             self._old["own_logps"], own = scored(None, measured or mode == "r2")
@@ -103,7 +100,12 @@ class RoutingReplay(GRPOTrainer):
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         old, self._old = self._old, {}
         records, self._rollout = [r for r in self._rollout if r is not None], []
+        # Without an old pass the loss runs at the weights that sampled: own choices are R2's there.
         record = old.get({"r2": "own", "r3": "engine"}.get(self.args.replay, ""))
+        if record is None and self.args.replay == "r3":
+            record = engine_record(
+                records, output["prompt_mask"], output["completion_ids"].shape[1]
+            )
         if record is not None:
             output[RECORD] = record
         if {"engine", "own"} <= old.keys():
@@ -170,6 +172,13 @@ class RoutingReplay(GRPOTrainer):
         if "old_per_token_logps" in inputs:
             d_N = (self._logps - inputs["old_per_token_logps"])[mask_BC]
             log_gap(metrics, "staleness", Gap.of(d_N))
+
+
+def engine_record(records: list[Tensor], prompt_mask_BP: Tensor, completion: int) -> Tensor:
+    """Lay out a rollout's records as TRL pads it: prompts on the left, completions on the right."""
+    width = prompt_mask_BP.shape[1]
+    starts = (width - prompt_mask_BP.sum(dim=1)).tolist()
+    return aligned(records, starts, width + completion).to(prompt_mask_BP.device)
 
 
 def log_gap(metrics: dict[str, list[float]], name: str, gap: Gap) -> None:

@@ -1,10 +1,14 @@
 """Routing replay: what is replayed, what stays the trainer's own, and what of it reaches gradients."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from posttrain.policy.model import PolicyForCausalLM
 from posttrain.policy.replay import MISSING, RoutingRequest, differing, record_dtype, replayed
@@ -196,3 +200,22 @@ def test_the_type_holds_every_expert_and_the_mark() -> None:
     for experts, dtype in ((16, torch.int8), (128, torch.int8), (129, torch.int16)):
         assert record_dtype(experts) == dtype
         assert torch.tensor([MISSING, experts - 1]).to(dtype).tolist() == [MISSING, experts - 1]
+
+
+def test_sharded_layers_replay_too(tmp_path: Path) -> None:
+    """FSDP2 wraps the layers with hooks of its own, and computes them again when checkpointed."""
+    plain = checkpointed(None)
+    wrong = wrong_record(plain)
+    expected = gradients(plain, [wrong])
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        policy = checkpointed({"use_reentrant": False})
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in policy.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(policy, mesh=mesh)
+        for one, other in zip(gradients(policy, [wrong]), expected, strict=True):
+            assert torch.equal(one.full_tensor() if isinstance(one, DTensor) else one, other)
+    finally:
+        torch.distributed.destroy_process_group()

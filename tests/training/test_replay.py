@@ -280,3 +280,18 @@ def watched(trainer: Any, added: list[tuple[float, float]]) -> Callable[..., Ten
         return total
 
     return watch
+
+
+def test_r3_does_not_depend_on_the_old_pass(
+    make_grpo: MakeGRPO, make_policy: MakePolicy, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """TRL makes none where its correction is off and every rollout serves one update."""
+    policy = make_policy()
+    watch = Watch(policy)
+    fields = {"vllm_importance_sampling_correction": False, "replay": "r3", "max_steps": 1}
+    _, trainer, _ = trained(make_grpo, policy, tokenizer.eos_token_id, "other", **fields)
+    assert watch.rows[False] == []
+    for ids, experts in watch.rows[True]:
+        expected = trainer.engine.records[ids].sort(-1).values
+        assert torch.equal(experts[:-1].sort(-1).values, expected)
+    assert len(watch.rows[True]) == 8

@@ -1,4 +1,4 @@
-"""The command `posttrain`: train a stage of a recipe, score a checkpoint, look at the machine.
+"""The command `posttrain`: train a stage of a recipe, score a checkpoint, measure its mismatch, look at the machine.
 
 Exit codes: 0 done; 2 something given is wrong (recipe, data, reward, checkpoint); 1 the run failed its own checks
 (parity, weight sync, gold answers); 130 stopped by a signal.
@@ -83,6 +83,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(command)
     command.set_defaults(run=_evaluate)
     _add_rewards(commands)
+    command = commands.add_parser(
+        "mismatch",
+        help="split what engine and trainer differ by into precision and routing",
+        allow_abbrev=False,
+    )
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    command.add_argument(
+        "--recipe",
+        type=Path,
+        help="default: recipe.yaml beside the checkpoint; without any, prompts are random tokens",
+    )
+    command.add_argument("--prompts", type=int, default=64, help="how many (default: 64)")
+    for side, names in (
+        ("engine", ("float32", "bfloat16", "float16")),
+        ("trainer", ("float32", "bfloat16")),
+    ):
+        command.add_argument(f"--{side}-dtype", choices=names, help="default: the recipe's")
+    _add_overrides(command)
+    command.set_defaults(run=_mismatch)
     command = commands.add_parser(
         "doctor", help="say what this machine has, and check engine against trainer"
     )
@@ -281,6 +300,30 @@ def _check_reward(options: argparse.Namespace) -> int:
     )
     _say(text)
     return 0 if right else FAILED
+
+
+def _mismatch(options: argparse.Namespace) -> int:
+    if not (options.checkpoint / "config.json").is_file():
+        raise RecipeError(f"{options.checkpoint}: there is no checkpoint here (no config.json)")
+    if options.prompts < 1:
+        raise RecipeError(f"--prompts: must be at least 1, got {options.prompts}")
+    path = options.recipe or options.checkpoint.resolve().parent / "recipe.yaml"
+    recipe = None
+    if options.recipe or path.exists():
+        recipe = recipes.load(path, options.overrides)
+    elif options.overrides:
+        raise RecipeError(f"{path}: there is no recipe here to override; name one with --recipe")
+    from posttrain.mismatch import measure
+
+    summary = measure.run(
+        options.checkpoint,
+        recipe,
+        prompts=options.prompts,
+        engine_dtype=options.engine_dtype,
+        trainer_dtype=options.trainer_dtype,
+    )
+    _say(report.mismatch(summary))
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -58,6 +58,32 @@ def evaluation(summary: Mapping[str, Any], checkpoint: Path) -> str:
     return table(str(checkpoint), rows)
 
 
+def mismatch(summary: Mapping[str, Any]) -> str:
+    """Return the parts of a checkpoint's mismatch, then one line a layer."""
+    rows = [("", f"{'mean |d|':>10}{'max |d|':>10}{'k3':>10}   nats")]
+    for name, text in (
+        ("without_replay", "engine - trainer, own choices"),
+        ("precision", "precision: engine - trainer, replayed"),
+        ("routing", "routing: replayed - own choices"),
+        ("shuffled", "control: engine - trainer, shuffled record"),
+    ):
+        gap = summary["gaps"][name]
+        rows.append((text, f"{gap['mean']:>10.2e}{gap['max']:>10.2e}{gap['k3']:>10.2e}"))
+    changed = [summary["gaps"][f"changed_{n}"]["mean"] for n in ("without_replay", "precision")]
+    text = f"{summary['choices_differing']:.2%} of choices, {summary['tokens_differing']:.1%} of tokens"
+    if summary["tokens_differing"]:
+        text += f"; on those {changed[0]:.2e} own, {changed[1]:.2e} replayed: {changed[0] / changed[1]:.2f} x"
+    rows.append(("choices that differ", text))
+    for layer in summary["layers"]:
+        share = f"{layer['choices_differing']:.2%} of choices, {layer['tokens_differing']:.1%} of tokens"
+        rows.append((f"layer {layer['layer']}", f"{share}; replayed alone {layer['alone']:.2e}"))
+    title = (
+        f"{summary['checkpoint']}: engine {summary['engine_dtype']}, trainer {summary['trainer_dtype']}, "
+        f"{summary['tokens']:,} tokens on {summary['prompts']} prompts"
+    )
+    return table(title + " of random tokens" * summary["random_prompts"], rows)
+
+
 def table(title: str, rows: Iterable[tuple[str, str]]) -> str:
     """Return a title and the rows that have something to say, in two columns.
 

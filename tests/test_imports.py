@@ -23,6 +23,7 @@ ROOMS = [
     "rollout",
     "footprint",
     "evaluate",
+    "mismatch",
     "training",
     "dryrun",
     "doctor",

@@ -1,4 +1,4 @@
-"""Auxiliary-loss-free balancing: the bias update, the sequence-wise loss, the load metric.
+"""Auxiliary-loss-free balancing: the bias update, the sequence-wise loss, router entropy, the load metric.
 
 Shapes: T tokens, E experts, K experts a token, N documents, L routers.
 """
@@ -67,20 +67,10 @@ def sequence_balance_loss(choices: Sequence[Choice], document_T: Tensor) -> Tens
     """
     total = choices[0].scores_TE.new_zeros(())
     for choice in choices:
-        if choice.router.weight.requires_grad and not choice.scores_TE.requires_grad:
-            raise RuntimeError(
-                "the sequence-wise balance loss gets no gradient through reentrant gradient "
-                "checkpointing; set gradient_checkpointing_kwargs to {use_reentrant: false}, or "
-                "sequence_balance_weight to 0"
-            )
-        scores_TE, experts_TK, document = choice.scores_TE, choice.experts_TK, document_T
-        if choice.counted_T is not None:
-            keep = choice.counted_T
-            scores_TE, experts_TK, document = scores_TE[keep], experts_TK[keep], document[keep]
-        if document.numel() == 0:
+        scores_TE, experts_TK, document, num_documents = _counted(choice, document_T)
+        if num_documents == 0:
             continue
-        _, document = document.unique(return_inverse=True)
-        num_documents, num_experts = int(document.max()) + 1, scores_TE.shape[1]
+        num_experts = scores_TE.shape[1]
         n_N1 = torch.bincount(document, minlength=num_documents).unsqueeze(1)
         chosen_TE = torch.zeros_like(scores_TE).scatter_(1, experts_TK, 1.0)
         zeros_NE = scores_TE.new_zeros(num_documents, num_experts)
@@ -89,3 +79,42 @@ def sequence_balance_loss(choices: Sequence[Choice], document_T: Tensor) -> Tens
         p_NE = zeros_NE.index_add(0, document, share_TE)
         total = total + (f_NE / n_N1 * p_NE / n_N1).sum(dim=-1).mean()
     return total
+
+
+def router_entropy(choices: Sequence[Choice], document_T: Tensor) -> Tensor:
+    """Entropy of the router probabilities, nats: H_t = -sum_e p_te log p_te, p_te = s_te / sum_j s_tj.
+
+    Mean over a document's tokens, then over documents; sum over routers. Tokens that do not count
+    (padding) are left out. At most log E a router, when it scores all experts alike.
+    Raises RuntimeError as `sequence_balance_loss` does.
+    """
+    total = choices[0].scores_TE.new_zeros(())
+    for choice in choices:
+        scores_TE, _, document, num_documents = _counted(choice, document_T)
+        if num_documents == 0:
+            continue
+        share_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+        # An expert whose score underflows to 0 adds nothing, and no NaN to the gradient.
+        entropy_T = -(share_TE * share_TE.clamp(min=1e-20).log()).sum(dim=-1)
+        n_N = torch.bincount(document, minlength=num_documents)
+        entropy_N = scores_TE.new_zeros(num_documents).index_add(0, document, entropy_T)
+        total = total + (entropy_N / n_N).mean()
+    return total
+
+
+def _counted(choice: Choice, document_T: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return scores and experts of the tokens that count, their documents from 0, and how many."""
+    if choice.router.weight.requires_grad and not choice.scores_TE.requires_grad:
+        raise RuntimeError(
+            "losses on router scores get no gradient through reentrant gradient checkpointing; "
+            "set gradient_checkpointing_kwargs to {use_reentrant: false}, or "
+            "sequence_balance_weight and router_entropy_weight to 0"
+        )
+    scores_TE, experts_TK, document = choice.scores_TE, choice.experts_TK, document_T
+    if choice.counted_T is not None:
+        keep = choice.counted_T
+        scores_TE, experts_TK, document = scores_TE[keep], experts_TK[keep], document[keep]
+    if document.numel() == 0:
+        return scores_TE, experts_TK, document, 0
+    _, document = document.unique(return_inverse=True)
+    return scores_TE, experts_TK, document, int(document.max()) + 1

@@ -24,7 +24,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RMSNorm,
 )
 
-from posttrain.policy.balance import sequence_balance_loss
+from posttrain.policy.balance import router_entropy, sequence_balance_loss
 from posttrain.policy.mtp import (
     Head,
     MTPCollector,
@@ -35,6 +35,7 @@ from posttrain.policy.mtp import (
     shift,
     targets,
 )
+from posttrain.policy.replay import KEYWORD, RoutingRequest, attach, record_dtype
 from posttrain.policy.router import Router, RoutingLog, logged, routers
 
 
@@ -48,14 +49,17 @@ class DeepseekV3MTPLayer(MTPMixin, DeepseekV3DecoderLayer):
 
 @dataclass
 class TrainingExtras:
-    """What a training forward pass leaves beside its logits or log-probs.
+    """What a forward pass leaves beside its logits or log-probs.
 
     mtp: the MTP loss, when one was requested. balance_loss: the sequence-wise loss without its
-    factor, when `PolicyModel.wants_balance_loss`; both differentiable, nats and unitless.
+    factor, when `PolicyModel.wants_balance_loss`; router_entropy, when it is wanted; all
+    differentiable, nats or unitless. experts_BSLK: the trunk's choices, when they were to be kept.
     """
 
     mtp: MTPOutput | None = None
     balance_loss: Tensor | None = None
+    router_entropy: Tensor | None = None
+    experts_BSLK: Tensor | None = None
 
 
 class PolicyModel(DeepseekV3Model):
@@ -63,8 +67,8 @@ class PolicyModel(DeepseekV3Model):
 
     TRL rebinds the causal model's `forward` but always calls this one, so the MTP loss, the load
     counts and the balance loss are made here: inside whatever DDP or FSDP wrap around the whole.
-    Set `mtp_request` before a call and call `take_extras` after it. Only training passes with
-    gradients count load.
+    Set `mtp_request` or `routing_request` before a call and call `take_extras` after it. Only
+    training passes with gradients count load. Replay is the trunk's: MTP modules route themselves.
     """
 
     def __init__(self, config: DeepseekV3Config) -> None:
@@ -75,8 +79,14 @@ class PolicyModel(DeepseekV3Model):
             if isinstance(layer.mlp, DeepseekV3MoE):
                 layer.mlp.gate = Router(config)
         self.routers = routers(self)
+        self.trunk_routers = routers(self.layers[: config.num_hidden_layers])
+        for layer in self.layers[: config.num_hidden_layers]:
+            own = getattr(layer.mlp, "gate", None)
+            attach(layer, None if own is None else self.trunk_routers.index(own))
         self.mtp_request: MTPRequest | None = None
+        self.routing_request: RoutingRequest | None = None
         self.wants_balance_loss = False
+        self.wants_router_entropy = False
         self.extras = TrainingExtras()
         self._head: tuple[nn.Linear, ...] = ()
         self.post_init()
@@ -99,6 +109,15 @@ class PolicyModel(DeepseekV3Model):
         return extras
 
     @property
+    def trunk_router_layers(self) -> list[int]:
+        """The layers of the trunk's routers, in the order in which records hold them."""
+        return [
+            i
+            for i, x in enumerate(self.layers)
+            if getattr(x.mlp, "gate", None) in self.trunk_routers
+        ]
+
+    @property
     def mtp_modules(self) -> list[nn.Module]:
         """The D MTP modules, nearest depth first."""
         return list(self.layers[self.config.num_hidden_layers :])
@@ -117,6 +136,7 @@ class PolicyModel(DeepseekV3Model):
         transformers tells documents apart by their positions only without one.
         """
         request, self.mtp_request = self.mtp_request, None
+        routing, self.routing_request = self.routing_request or RoutingRequest(), None
         if input_ids is None or kwargs.get("past_key_values") is not None:
             return super().forward(
                 input_ids=input_ids,
@@ -135,7 +155,10 @@ class PolicyModel(DeepseekV3Model):
         training = self.training and torch.is_grad_enabled()
         if training:
             kwargs["use_cache"] = False  # with a cache, packed documents would see each other
-        with logged(self.routers if training else [], counted_T) as log:
+        if routing.record_BSLK is not None:
+            kwargs[KEYWORD] = routing.record_BSLK.flatten(0, 1)
+        watched = self.routers if training else self.trunk_routers if routing.keep else []
+        with logged(watched, counted_T) as log:
             output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -152,11 +175,22 @@ class PolicyModel(DeepseekV3Model):
                     attention_mask,
                     position_ids,
                 )
-        for choice in log.choices:
-            choice.router.count(choice.experts_TK, choice.counted_T)
-        if self.wants_balance_loss and log.choices:
-            self.extras.balance_loss = sequence_balance_loss(log.choices, document_BS.flatten())
+        if routing.keep:
+            self.extras.experts_BSLK = self._kept(log, input_ids)
+        if training:
+            for choice in log.choices:
+                choice.router.count(choice.experts_TK, choice.counted_T)
+            if self.wants_balance_loss and log.choices:
+                self.extras.balance_loss = sequence_balance_loss(log.choices, document_BS.flatten())
+            if self.wants_router_entropy and log.choices:
+                self.extras.router_entropy = router_entropy(log.choices, document_BS.flatten())
         return output
+
+    def _kept(self, log: RoutingLog, input_ids: Tensor) -> Tensor:
+        """Return what the trunk's routers chose as a record (B, S, L, K)."""
+        chosen = [choice.experts_TK for choice in log.choices[: len(self.trunk_routers)]]
+        dtype = record_dtype(self.config.n_routed_experts)
+        return torch.stack(chosen, dim=1).to(dtype).unflatten(0, tuple(input_ids.shape))
 
     def _mtp(
         self,

@@ -1,4 +1,4 @@
-"""Sigmoid router with a selection-only bias: scores, groups, top-k, and what it saw of a batch.
+"""Sigmoid router with a selection-only bias: scores, groups, top-k, replay, and what it saw of a batch.
 
 Shapes: T tokens (batch and sequence flattened), D width, E experts, G groups, K experts a token.
 """
@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain.policy.replay import replayed
+
 
 @dataclass
 class Choice:
     """What one router decided in one forward pass.
 
-    scores_TE: sigmoid affinities, float32, with their graph. experts_TK: the chosen experts.
+    scores_TE: sigmoid affinities, float32, with their graph. experts_TK: the experts that were used,
+    replayed ones where there was a record.
     counted_T: True for tokens that are real (no padding); None when all are.
     """
 
@@ -44,7 +47,8 @@ class Router(nn.Module):
 
     Input (..., D); returns router logits (T, E), gates (T, K) and experts (T, K), T flattened.
     Scores are computed in float32 whatever the input's type. Groups that lose are filled with
-    -inf, as in the released code. `load_E` counts, between two balance updates, how many real
+    -inf, as in the released code. `record_TK` replaces the choice, not the scores, while a decoder
+    layer runs with a record (see `replay`). `load_E` counts, between two balance updates, how many real
     tokens went to each expert; it is no buffer, so that DDP does not overwrite it.
     """
 
@@ -64,6 +68,8 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias_E)
         self.load_E: Tensor | None = None
         self.log: RoutingLog | None = None
+        self.record_TK: Tensor | None = None
+        self.place = -1  # in a record, among the routers of the trunk
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Router":
         """Keep the bias in float32 when the policy is cast: bfloat16 has no 0.5 + 0.001."""
@@ -79,6 +85,8 @@ class Router(nn.Module):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
         scores_TE = logits_TE.sigmoid()
         experts_TK = self.choose(scores_TE)
+        if self.record_TK is not None:
+            experts_TK = replayed(experts_TK, self.record_TK)
         gates_TK = scores_TE.gather(1, experts_TK)
         if self.norm_topk_prob:
             gates_TK = gates_TK / (gates_TK.sum(dim=-1, keepdim=True) + 1e-20)

@@ -61,7 +61,10 @@ def _fit_one(value: Any, kind: ast.expr, enums: Enums) -> Any:
     if name in enums and isinstance(value, str) and value in enums[name]:
         return value
     if name == "Literal" and isinstance(kind, ast.Subscript):
-        if any(value == word and type(value) is type(word) for word in _literals(kind)):
+        words = _literals(kind)
+        if value is False and "off" in words:  # what YAML makes of a bare off
+            return "off"
+        if any(value == word and type(value) is type(word) for word in words):
             return value
     elif isinstance(kind, ast.Subscript) and name in ("list", "dict"):
         return _fit_inside(value, name, kind.slice, enums)

@@ -239,7 +239,8 @@ def _sampling(grpo: dict[str, Any], source: Source) -> None:
 def _correction(grpo: dict[str, Any], source: Source) -> None:
     """VESPO weighs tokens, and so must the correction beside it."""
     corrected = grpo.get("vllm_importance_sampling_correction", True)
-    mode = grpo.get("vllm_importance_sampling_mode", "sequence_mask")
+    default = trainer_schema("grpo").fields["vllm_importance_sampling_mode"].default
+    mode = grpo.get("vllm_importance_sampling_mode", default)
     if grpo.get("loss_type") == "vespo" and corrected and not mode.startswith("token_"):
         source.fault(
             ("grpo", "loss_type"),

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from posttrain import environment
 from posttrain.rollout import corrections, launch
 from posttrain.rollout.launch import EngineError, RolloutSettings, check
+from posttrain.rollout.routing import returned
 from posttrain.rollout.sync import Link, SyncError, SyncReport
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ __all__ = [
 class Completion:
     """One generated sequence. logprobs: of each token, under the distribution it was drawn from.
 
-    finish_reason: "stop" (the last token ends the text) or "length".
+    finish_reason: "stop" (the last token ends the text) or "length". experts: of an engine that
+    records routing, the choices [S-1, L, K] for all of prompt and completion but its last token.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
+    experts: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,24 @@ class Engine:
     _running: ClassVar[int] = 0
     _made_group: ClassVar[bool] = False
 
-    def __init__(self, llm: Any, link: Link, stop_token_ids: list[int]) -> None:
+    def __init__(
+        self, llm: Any, link: Link, stop_token_ids: list[int], records_routing: bool
+    ) -> None:
         self.llm = llm
         self.link = link
         self.stop_token_ids = stop_token_ids
+        self.records_routing = records_routing
         self._usable = True
         self._kept: Counter[int] = Counter()  # tokens of a draft that were kept -> drafts
 
     @classmethod
     def start(
-        cls, checkpoint: Path | str, config: RolloutSettings, *, load_weights: bool = True
+        cls,
+        checkpoint: Path | str,
+        config: RolloutSettings,
+        *,
+        load_weights: bool = True,
+        record_routing: bool = False,
     ) -> "Engine":
         """Start vLLM on a checkpoint folder in the released layout.
 
@@ -100,22 +111,26 @@ class Engine:
         sync. Where torch.distributed runs with several processes, each must start its engine at
         the same time; with tensor_parallel_size > 1 a group of them runs one engine, and must
         also generate, score and sync at the same time, each with requests of its own.
+        With `record_routing` completions come with their expert choices (see `routing`).
         Random state, threads and environment of this process stay as they were.
         Raises EngineError for settings that vLLM would take and compute wrongly.
         """
         folder = Path(checkpoint)
         model = json.loads((folder / "config.json").read_text())
-        check(model, config, environment.on_cpu())
-        launch.prepare(model)
+        on_cpu = environment.on_cpu()
+        check(model, config, on_cpu, record_routing)
+        launch.prepare(model, record_routing)
         if not cls._running:
             cls._made_group = not torch.distributed.is_initialized()
         with launch.untouched(), launch.quiet():
             from vllm import LLM
 
             corrections.register()
-            llm = LLM(**launch.arguments(folder, model, config, load_weights))
+            llm = LLM(**launch.arguments(folder, model, config, load_weights, record_routing))
             link = Link(llm, model["num_hidden_layers"])
-        engine = cls(llm, link, launch.stop_tokens(folder, model))
+            if record_routing and on_cpu:
+                llm.collective_rpc("policy_record_routing")
+        engine = cls(llm, link, launch.stop_tokens(folder, model), record_routing)
         cls._running += 1
         engine._usable = load_weights
         return engine
@@ -137,6 +152,7 @@ class Engine:
         if isinstance(sampling, SamplingParams):
             sampling = [sampling] * len(prompts)
         outputs = self._run(prompts, [self._request(s) for s in sampling])
+        experts = self._experts(outputs) if self.records_routing else [None] * len(outputs)
         if count_drafts:
             for output in outputs:
                 if metrics := output.outputs[0].spec_decode_metrics:
@@ -146,8 +162,9 @@ class Engine:
                 list(output.outputs[0].token_ids),
                 list(output.outputs[0].logprobs.logprobs),
                 output.outputs[0].finish_reason,
+                record,
             )
-            for output in outputs
+            for output, record in zip(outputs, experts, strict=True)
         ]
 
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
@@ -201,6 +218,20 @@ class Engine:
                 parallel_state._WORLD = None
         gc.collect()
 
+    def _experts(self, outputs: list[Any]) -> list[Tensor]:
+        """Return the expert choices of each output; see `routing`."""
+        if not environment.on_cpu():
+            model = self.llm.llm_engine.model_config.hf_text_config.to_dict()
+            layers, experts = launch.moe_layers(model), model["n_routed_experts"]
+            if any(o.outputs[0].routed_experts is None for o in outputs):
+                raise EngineError("vLLM returned completions without their expert choices")
+            return [returned(o.outputs[0].routed_experts, layers, experts) for o in outputs]
+        lengths = {
+            o.request_id: len(o.prompt_token_ids) + len(o.outputs[0].token_ids) for o in outputs
+        }
+        records = self.llm.collective_rpc("policy_take_routing", args=(lengths,))[0]
+        return [records[o.request_id] for o in outputs]
+
     def _request(self, sampling: "SamplingParams") -> "SamplingParams":
         if sampling.n != 1:
             raise ValueError(f"sampling.n must be 1, not {sampling.n}: repeat the prompt instead")
@@ -218,6 +249,8 @@ class Engine:
             raise SyncError("the engine holds no verified weights; remedy: sync them first")
         everybody, own = _joined([(list(p), r) for p, r in zip(prompts, requests, strict=True)])
         engine = self.llm.llm_engine
+        if self.records_routing and environment.on_cpu():  # of an interrupted run, or of scores
+            self.llm.collective_rpc("policy_take_routing", args=({},))
         with launch.untouched():
             try:
                 outputs = self.llm.generate(

@@ -46,7 +46,9 @@ class RolloutSettings(Protocol):
     seed: int
 
 
-def check(model: dict[str, Any], config: RolloutSettings, on_cpu: bool) -> None:
+def check(
+    model: dict[str, Any], config: RolloutSettings, on_cpu: bool, record_routing: bool = False
+) -> None:
     """Refuse what vLLM cannot do or would compute wrongly.
 
     Raises EngineError naming field, rule and remedy.
@@ -62,6 +64,16 @@ def check(model: dict[str, Any], config: RolloutSettings, on_cpu: bool) -> None:
             f"num_speculative_tokens is {drafts} with {depth} MTP modules: on a CPU vLLM runs the "
             "first module for every draft; remedy: set it to 1"
         )
+    if record_routing and not moe_layers(model):
+        raise EngineError(
+            "expert choices cannot be recorded: the policy has no layer with experts; remedy: leave "
+            "routing replay and the split of the mismatch off"
+        )
+    if record_routing and not on_cpu and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
+        raise EngineError(
+            "VLLM_USE_V2_MODEL_RUNNER is 0, but vLLM returns expert choices from that runner only; "
+            "remedy: unset it, or leave routing replay and the split of the mismatch off"
+        )
     nope, rope = model.get("qk_nope_head_dim", 128), model.get("qk_rope_head_dim", 64)
     if on_cpu and _latent(model) != MLA_KERNEL and nope + rope not in CPU_HEAD_SIZES:
         raise EngineError(
@@ -76,21 +88,34 @@ def check(model: dict[str, Any], config: RolloutSettings, on_cpu: bool) -> None:
             )
 
 
+def moe_layers(model: dict[str, Any]) -> list[int]:
+    """Return which layers of the trunk have experts, by config.json."""
+    if not model.get("n_routed_experts"):
+        return []
+    return list(range(model.get("first_k_dense_replace", 0), model["num_hidden_layers"]))
+
+
 def _latent(model: dict[str, Any]) -> tuple[int | None, int | None]:
     return model.get("kv_lora_rank"), model.get("qk_rope_head_dim")
 
 
-def prepare(model: dict[str, Any]) -> None:
+def prepare(model: dict[str, Any], record_routing: bool = False) -> None:
     """Set the environment that vLLM reads, on import and while it starts."""
     environment.prepare()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if environment.on_cpu():
         # Other sizes keep full keys and values: right, with a larger cache.
         os.environ["VLLM_MLA_DISABLE"] = "0" if _latent(model) == MLA_KERNEL else "1"
+    elif record_routing:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the only one that returns expert choices
 
 
 def arguments(
-    folder: Path, model: dict[str, Any], config: RolloutSettings, load_weights: bool
+    folder: Path,
+    model: dict[str, Any],
+    config: RolloutSettings,
+    load_weights: bool,
+    record_routing: bool = False,
 ) -> dict[str, Any]:
     """Return the arguments of vLLM's `LLM`."""
     found: dict[str, Any] = {
@@ -121,6 +146,9 @@ def arguments(
     else:
         found["gpu_memory_utilization"] = config.gpu_memory_utilization
         found["kernel_config"] = {"moe_backend": "triton"}  # a layout that can be read back
+        if record_routing:
+            found["enable_return_routed_experts"] = True
+            found["enable_prefix_caching"] = True  # what vLLM keeps such records beside
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if processes % config.tensor_parallel_size:
         raise EngineError(

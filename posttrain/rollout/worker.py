@@ -1,4 +1,4 @@
-"""Our methods on every vLLM worker: take in weights, read them back, show hidden states.
+"""Our methods on every vLLM worker: take in weights, read them back, show hidden states, record routing.
 
 vLLM mixes `PolicyWorker` into its worker class (`worker_extension_cls`) and calls the methods by name
 through `collective_rpc`, in this process or in a server's.
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.rollout.readback import checksum, held
+from posttrain.rollout.routing import RoutingRecorder
 
 EXTENSION = "posttrain.rollout.worker.PolicyWorker"
 
@@ -23,8 +24,7 @@ class PolicyWorker:
 
     def policy_models(self) -> tuple[nn.Module, nn.Module | None]:
         """Return the model and its drafter (None without drafting)."""
-        drafter = getattr(self.model_runner, "drafter", None)
-        return self.model_runner.get_model(), None if drafter is None else drafter.model
+        return self.model_runner.get_model(), self.model_runner.get_draft_model()
 
     def policy_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and type of every tensor that the engine holds, by checkpoint name."""
@@ -59,6 +59,14 @@ class PolicyWorker:
             names.append(name)
             sums.append(checksum(tensor))
         return list(zip(names, torch.stack(sums).tolist(), strict=True))
+
+    def policy_record_routing(self) -> None:
+        """Start to record the expert choices of all requests; CPU only, vLLM does it itself on CUDA."""
+        self._policy_routing = RoutingRecorder(self.model_runner)
+
+    def policy_take_routing(self, lengths: dict[str, int]) -> dict[str, Tensor]:
+        """Return the records of these requests (name -> tokens), and forget what was recorded."""
+        return self._policy_routing.take(lengths)
 
     def policy_capture_begin(self) -> None:
         """Start to record what each layer of the model gives, for the positions of one request."""

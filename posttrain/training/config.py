@@ -1,6 +1,7 @@
 """TRL's configurations with the fields that an MoE policy with MTP modules adds."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from trl import GRPOConfig, SFTConfig
 
@@ -32,10 +33,11 @@ class PolicySFTConfig(SFTConfig):
 
 @dataclass
 class PolicyGRPOConfig(GRPOConfig):
-    """`trl.GRPOConfig`, plus online MTP training and balance.
+    """`trl.GRPOConfig`, plus online MTP training, balance, and routing replay.
 
     The MTP loss sees a detached trunk, embedding and head, and is clipped on its own, so the
-    trunk's updates do not depend on `mtp_loss_weight`.
+    trunk's updates do not depend on `mtp_loss_weight`. Of TRL's corrections for the mismatch
+    between engine and trainer the default is each token's ratio, cut off above 2.
     """
 
     mtp_loss_weight: float = field(
@@ -44,11 +46,32 @@ class PolicyGRPOConfig(GRPOConfig):
     mtp_max_grad_norm: float = field(
         default=1.0, metadata={"help": "Gradient norm at which the MTP modules are clipped."}
     )
+    router_bias: Literal["frozen", "update"] = field(
+        default="update", metadata={"help": "Whether updates move the router biases."}
+    )
     bias_update_rate: float = field(
-        default=0.001, metadata={"help": "gamma of the router-bias update; 0 freezes the biases."}
+        default=0.001, metadata={"help": "gamma of the router-bias update."}
     )
     sequence_balance_weight: float = field(
         default=0.0, metadata={"help": "alpha of the sequence-wise balance loss; 0 is off."}
+    )
+    router_entropy_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight at which the loss rewards entropy of router scores; 0 is off."},
+    )
+    replay: Literal["off", "r2", "r3"] = field(
+        default="off",
+        metadata={"help": "Experts in training: own, the old policy's (r2), the engine's (r3)."},
+    )
+    mismatch_split: bool = field(
+        default=True,
+        metadata={"help": "Split the mismatch at each rollout: one more pass without gradients."},
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate", metadata={"help": "As TRL's, whose default is sequence_mask."}
+    )
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=2.0, metadata={"help": "As TRL's, whose default is 3."}
     )
 
     def __post_init__(self) -> None:

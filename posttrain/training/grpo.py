@@ -3,13 +3,14 @@
 One step, top to bottom (arXiv 2402.03300; TRL computes advantages and the loss):
     prompts      the sampler repeats each of B / G prompts G times
     sync         parameters, router biases, MTP modules -> engine, verified; then the parity gate
-    rollouts     engine.generate, one seed a request
+    rollouts     engine.generate, one seed a request; expert choices recorded
     rewards      r_i = sum_k weight_k * reward_k(completion_i)
     advantages   A_i = (r_i - mean of the group) / std of the group
     loss         clipped ratio of current to old policy, per token, times TRL's correction for
-                 what engine and trainer differ by, + beta * KL to the reference
+                 what engine and trainer differ by, + beta * KL to the reference; the experts are
+                 the policy's own, or replayed (`replay`), + balance terms if they have a weight
     MTP loss     the modules follow the policy; nothing flows to trunk, embedding or head
-    update       gradients clipped apart for trunk and modules; biases moved by the load
+    update       gradients clipped apart for trunk and modules; biases moved by the load, or frozen
 Departures: none in the loss. The MTP loss and the bias update are additions (DeepSeek-V3 keeps
 both in pre-training; here they keep draft and balance in step with a policy that moves).
 """
@@ -36,10 +37,11 @@ from posttrain.rollout.parity import Gate
 from posttrain.training.callbacks import keep_lines
 from posttrain.training.config import PolicyGRPOConfig
 from posttrain.training.policy_trainer import PolicyTrainer
+from posttrain.training.replay import RoutingReplay
 from posttrain.training.stage import Stage
 
 
-class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
+class PolicyGRPOTrainer(RoutingReplay, PolicyTrainer, GRPOTrainer):
     """`trl.GRPOTrainer` whose rollouts come from our engine, synced and checked at every update."""
 
     def __init__(
@@ -57,11 +59,20 @@ class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
             "train_seconds": 0.0,
         }
         self._generation_seconds = 0.0
-        self._logps: Tensor | None = None
         super().__init__(**kwargs)
         # TRL then treats rollouts as vLLM's: their log-probs are at hand for its corrections.
         self.use_vllm = True
         self._last_loaded_step = -1
+
+    @property
+    def bias_rate(self) -> float:
+        """How far a router bias moves a step."""
+        return self.args.bias_update_rate if self.args.router_bias == "update" else 0.0
+
+    @property
+    def router_entropy_weight(self) -> float:
+        """What the entropy of the router probabilities counts for in the loss."""
+        return float(self.args.router_entropy_weight)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -124,6 +135,7 @@ class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
         started = time.perf_counter()
         completions = self.engine.generate(prompt_ids, sampling)
         seconds = time.perf_counter() - started
+        self.remember(completions)
         tokens = sum(len(c.token_ids) for c in completions)
         self.totals["rollout_tokens"] += tokens
         self.totals["rollout_seconds"] += seconds
@@ -176,12 +188,6 @@ class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
         self._metrics["train"]["time/update"].append(seconds)
         return loss
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if torch.is_grad_enabled():
-            self._logps = result[0].detach()
-        return result
-
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         accumulation = self.current_gradient_accumulation_steps
         # TRL counts completion tokens over the generation batch and all processes.
@@ -200,24 +206,9 @@ class PolicyGRPOTrainer(PolicyTrainer, GRPOTrainer):
         )
         loss = super()._compute_loss(model, inputs)
         self.totals["train_tokens"] += int(inputs["prompt_mask"].sum() + completion_mask.sum())
-        self.log_mismatch(inputs["sampling_per_token_logps"], completion_mask.bool())
         return self.add_extras(
             loss, scale=self.accelerator.num_processes, accumulation=accumulation
         )
-
-    def log_mismatch(self, engine_logps_BC: Tensor, mask_BC: Tensor) -> None:
-        """Log how far the trainer's log-probs are from the engine's on the sampled tokens.
-
-        With d = log p_trainer - log p_engine: mean and max of |d|, and the k3 estimate of
-        KL(engine || trainer) = mean of exp(d) - 1 - d (nats a token).
-        """
-        if self._logps is None or not mask_BC.any():
-            return
-        d = (self._logps - engine_logps_BC)[mask_BC]
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["mismatch/logprob_diff_mean"].append(d.abs().mean().item())
-        metrics["mismatch/logprob_diff_max"].append(d.abs().max().item())
-        metrics["mismatch/kl_k3"].append((d.exp() - 1 - d).mean().item())
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         modules = {id(p) for p in self.mtp_parameters()}
@@ -243,13 +234,17 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     reward_functions = [r.load() for r in recipe.rewards]
     gold.trial(reward_functions, dataset)
     policy = stage.policy(source)
-    engine = Engine.start(source, recipe.rollout)  # a resumed run syncs before it generates
+    fields = recipe.grpo | {"reward_weights": [r.weight for r in recipe.rewards]}
+    with stage.refusals():
+        args = stage.config(PolicyGRPOConfig, fields)
+    split = args.mismatch_split and bool(policy.model.trunk_routers)
+    # A resumed run syncs before it generates.
+    engine = Engine.start(source, recipe.rollout, record_routing=split or args.replay == "r3")
     section = recipe.parity
     gate = Gate(section.tolerance, prompts=section.prompts, tokens=section.tokens, seed=recipe.seed)
     before = None
     if recipe.data.eval is not None:
         before = evaluate(engine, stage.tokenizer, recipe)
-    fields = recipe.grpo | {"reward_weights": [r.weight for r in recipe.rewards]}
     with stage.refusals():
         trainer = PolicyGRPOTrainer(
             engine=engine,
@@ -258,7 +253,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
             samples=stage.folder / "samples.jsonl",
             model=policy,
             reward_funcs=reward_functions,
-            args=stage.config(PolicyGRPOConfig, fields),
+            args=args,
             train_dataset=dataset,
             processing_class=stage.tokenizer,
         )

@@ -40,6 +40,16 @@ class PolicyTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
+    @property
+    def bias_rate(self) -> float:
+        """How far a router bias moves a step."""
+        return float(self.args.bias_update_rate)
+
+    @property
+    def router_entropy_weight(self) -> float:
+        """What the entropy of the router probabilities counts for in the loss."""
+        return 0.0
+
     def mtp_parameters(self) -> list[nn.Parameter]:
         """Parameters that belong to the MTP modules alone."""
         return [p for module in self.policy.model.mtp_modules for p in module.parameters()]
@@ -49,10 +59,12 @@ class PolicyTrainer(Trainer):
         trunk = self.policy.model
         if self.args.mtp_loss_weight and trunk.mtp_modules:
             trunk.mtp_request = MTPRequest(labels_BS, num_items, detach=detach, quality=True)
-        trunk.wants_balance_loss = self.model.training and self.args.sequence_balance_weight > 0
+        training = self.model.training
+        trunk.wants_balance_loss = training and self.args.sequence_balance_weight > 0
+        trunk.wants_router_entropy = training and self.router_entropy_weight != 0
 
     def add_extras(self, loss: Tensor, *, scale: float, accumulation: int) -> Tensor:
-        """Return loss + lambda * scale * MTP loss + alpha / accumulation * balance loss; log."""
+        """Return loss + lambda * scale * MTP + (alpha * balance - weight * entropy) / accumulation; log."""
         mode = "train" if self.model.training else "eval"
         extras = self.policy.model.take_extras()
         metrics = self._metrics[mode]
@@ -67,6 +79,9 @@ class PolicyTrainer(Trainer):
             weight = self.args.sequence_balance_weight / accumulation
             loss = loss + weight * extras.balance_loss
             metrics["moe/sequence_balance_loss"].append(extras.balance_loss.item())
+        if extras.router_entropy is not None:
+            loss = loss - self.router_entropy_weight / accumulation * extras.router_entropy
+            metrics["moe/router_entropy"].append(extras.router_entropy.item())
         return loss
 
     def update_balance(self) -> None:
@@ -74,7 +89,7 @@ class PolicyTrainer(Trainer):
         trunk = self.policy.model
         violations = balance.update_biases(
             trunk.routers,
-            self.args.bias_update_rate,
+            self.bias_rate,
             lambda load: (
                 self.accelerator.reduce(load.to(self.accelerator.device), "sum").cpu()
                 if self.accelerator.num_processes > 1

@@ -134,7 +134,8 @@ class Stage:
         if self.recipe.grpo is None and self.recipe.data.eval is None:
             return
         released = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", **config.to_dict()}
-        engine.check(released, self.recipe.rollout, environment.on_cpu())
+        replays = (self.recipe.grpo or {}).get("replay") == "r3"
+        engine.check(released, self.recipe.rollout, environment.on_cpu(), record_routing=replays)
 
     def config(self, cls: type[Config], fields: dict[str, Any]) -> Config:
         """Make the trainer's configuration: the recipe's fields over the stage's defaults."""

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from posttrain.policy.balance import (
     biased,
     max_violation,
+    router_entropy,
     sequence_balance_loss,
     update_biases,
 )
@@ -223,12 +224,47 @@ def test_sequence_loss_and_gradient_equal_plain_loops(seed: int, tokens: int) ->
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-14)
 
 
+def test_router_entropy_on_numbers() -> None:
+    """One document of two tokens and one of one; a third is padding.
+
+    Shares (1/2, 1/4, 1/8, 1/8): 1.75 ln 2. Equal ones: ln 4. All on one: 0, with a finite gradient.
+    """
+    rows = [[0.4, 0.2, 0.1, 0.1], [0.3, 0.3, 0.3, 0.3], [0.9, 0.0, 0.0, 0.0], [0.5, 0.1, 0.1, 0.1]]
+    scores = torch.tensor(rows, requires_grad=True)
+    counted = torch.tensor([True, True, True, False])
+    experts = torch.zeros(4, 2).long()
+    choice = Choice(make_router(), scores, experts, counted)
+    entropy = router_entropy([choice, choice], torch.tensor([0, 0, 1, 2]))
+    expected = 2 * ((1.75 * math.log(2) + math.log(4)) / 2 + 0.0) / 2
+    assert entropy.item() == pytest.approx(expected, rel=1e-6)
+    entropy.backward()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+    assert not scores.grad[3].any()
+    assert scores.grad[0, 0] < 0 < scores.grad[0, 3]  # it levels
+
+
+def test_packed_router_entropy_is_the_mean_over_documents() -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(9, 4, generator=generator)
+    document = torch.tensor([0] * 5 + [1] * 3 + [2])
+    chosen = torch.zeros(9, 2).long()
+    router = make_router().requires_grad_(False)
+    parts = [
+        router_entropy([Choice(router, scores[own], chosen[own], None)], document[own])
+        for own in (document == d for d in range(3))
+    ]
+    whole = router_entropy([Choice(router, scores, chosen, None)], document)
+    assert whole.item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-6)
+
+
 def test_documents_without_counted_tokens_are_left_out() -> None:
     """A router that saw nothing adds nothing, and no NaN."""
     nothing = torch.zeros(2, dtype=torch.bool)
     scores = torch.full((2, 4), 0.5, requires_grad=True)
     choice = Choice(make_router(), scores, torch.tensor([[0, 1], [2, 3]]), nothing)
     assert sequence_balance_loss([choice], torch.tensor([0, 1])).item() == 0.0
+    assert router_entropy([choice], torch.tensor([0, 1])).item() == 0.0
 
 
 def test_packed_documents_equal_documents_alone(

@@ -27,6 +27,7 @@ def kind(text: str) -> ast.expr:
         (None, "Optional[int]", None),
         (True, "bool | None", True),
         ("a", "Literal['a', 'b']", "a"),
+        (False, "Literal['off', 'r2']", "off"),  # YAML's reading of a bare off
         ({"rope_theta": 1.0}, "RopeParameters | dict | None", {"rope_theta": 1.0}),
     ],
 )
@@ -51,6 +52,7 @@ def test_fits(value: object, annotation: str, fitted: object) -> None:
         (float("inf"), "int", "a whole number, got inf"),
         (float("nan"), "int", "a whole number, got nan"),
         (1, "Literal['a', 'b']", "one of a, b, got 1"),
+        (False, "Literal['a', 'b']", "one of a, b, got False"),
         (True, "Literal[1]", "one of 1, got True"),
     ],
 )

@@ -96,7 +96,10 @@ def test_paths_beside_the_recipe(
         ("grpo.fp16=true", "gradients in float16 are not scaled here"),
         ("sft.packing_strategy=wrapped", "must be bfd or bfd_split"),
         ("grpo.loss_type=dapoo", "expected 'dapo', got 'dapoo'"),
-        ("grpo.loss_type=vespo", "goes with vllm_importance_sampling_mode token_truncate"),
+        (
+            "grpo={max_completion_length: 64, loss_type: vespo, vllm_importance_sampling_mode: sequence_mask}",
+            "goes with vllm_importance_sampling_mode token_truncate",
+        ),
         ("sft.loss_type=nlll", "expected 'nll', got 'nlll'"),
         ("grpo.importance_sampling_level=sequnce", "expected 'sequence', got 'sequnce'"),
         ("grpo.vllm_importance_sampling_mode=foo", "expected one of sequence_mask,"),

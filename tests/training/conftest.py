@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from posttrain.policy.model import PolicyForCausalLM
+from posttrain.policy.replay import RoutingRequest
 from posttrain.rollout.engine import Completion, DraftCounts
 from posttrain.training.config import PolicyGRPOConfig, PolicySFTConfig
 from posttrain.training.grpo import PolicyGRPOTrainer
@@ -81,13 +82,23 @@ class StubEngine:
     """Stands where the engine stands in tests of the loss: tokens drawn from each request's seed.
 
     A request's tokens depend on its seed alone, its log-probs on the policy, as of a perfect
-    engine; `shift` is added to every log-prob, as of one that is off.
+    engine; `shift` is added to every log-prob, as of one that is off. `routing` is "own" of an
+    engine that records what the policy chooses, "other" of one that takes other experts for about
+    half of the tokens, computes with them and records them.
     """
 
-    def __init__(self, policy: PolicyForCausalLM, eos_token_id: int, shift: float = 0.0) -> None:
+    def __init__(
+        self,
+        policy: PolicyForCausalLM,
+        eos_token_id: int,
+        shift: float = 0.0,
+        routing: str = "",
+    ) -> None:
         self.policy = policy
         self.eos_token_id = eos_token_id
         self.shift = shift
+        self.routing = routing
+        self.records: dict[tuple[int, ...], Tensor] = {}  # of each sequence, the newest
         self.synced: list[str] = []
         self.seeds: list[int] = []
 
@@ -110,13 +121,35 @@ class StubEngine:
                 tokens[-1] = self.eos_token_id
             training = self.policy.training
             self.policy.eval()
-            logits = self.policy(input_ids=torch.tensor([prompt + tokens])).logits[0]
+            logits, record = self.computed(prompt + tokens, generator)
             self.policy.train(training)
             logps = (logits / request.temperature).log_softmax(-1)[len(prompt) - 1 : -1]
             chosen = logps.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1) + self.shift
             finish = "stop" if ends else "length"
-            completions.append(Completion(tokens, chosen.tolist(), finish))
+            completions.append(Completion(tokens, chosen.tolist(), finish, record))
         return completions
+
+    def computed(self, ids: list[int], generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Logits [S, V] and, of an engine that records, the experts [S-1, L, K] behind them."""
+
+        def run(record: Tensor | None) -> Tensor:
+            if self.routing:
+                self.policy.model.routing_request = RoutingRequest(record, keep=True)
+            return self.policy(input_ids=torch.tensor([ids])).logits[0]
+
+        logits = run(None)
+        if not self.routing:
+            return logits, None
+        record_SLK = self.policy.model.take_extras().experts_BSLK[0]
+        if self.routing == "other":
+            experts = self.policy.config.n_routed_experts
+            chosen = torch.rand(record_SLK.shape[:2], generator=generator) < 0.5
+            other = (record_SLK + 3) % experts
+            record_SLK = torch.where(chosen.unsqueeze(-1), other, record_SLK)
+            logits = run(record_SLK.unsqueeze(0))
+            self.policy.model.take_extras()
+        self.records[tuple(ids)] = record_SLK[:-1]
+        return logits, record_SLK[:-1]
 
 
 class OpenGate:

@@ -53,8 +53,14 @@ def sft_trainer(policy: PolicyForCausalLM, tokenizer: Any, out: Path, batch: int
 
 
 def grpo_trainer(policy: PolicyForCausalLM, tokenizer: Any, out: Path, batch: int) -> Any:
-    fields = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 1}
-    return conftest.build_grpo(policy, tokenizer, out, **COMMON, **fields)[0]
+    fields = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": 1,
+        "replay": "r3",
+        "router_entropy_weight": 0.1,
+    }
+    engine = conftest.StubEngine(policy, tokenizer.eos_token_id, routing="other")
+    return conftest.build_grpo(policy, tokenizer, out, engine=engine, **COMMON, **fields)[0]
 
 
 def main(stage: str, out: Path, batch: int) -> None:

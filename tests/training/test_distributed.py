@@ -48,7 +48,7 @@ def test_two_processes_equal_one(tmp_path: Path, stage: str) -> None:
     """Loss per token of the whole step, summed loads, one bias update: nothing knows how many.
 
     In SFT the micro-batches of both processes have other token counts; in GRPO each process holds
-    one of the two groups.
+    one of the two groups, with replay of an engine that took other experts.
     """
     (one,) = launch(stage, tmp_path / "one", 1, 8)
     two = launch(stage, tmp_path / "two", 2, 4)
@@ -66,7 +66,12 @@ def test_two_processes_equal_one(tmp_path: Path, stage: str) -> None:
         else:
             # Two SGD steps of 0.1 over gradients of norm 1 at most, with float32 rounding.
             torch.testing.assert_close(two[0]["state"][name], tensor, rtol=1e-5, atol=2e-6)
-    keys = {"sft": ["loss", "moe/max_violation"], "grpo": ["loss", "reward", "moe/max_violation"]}
+    mismatch = ["mismatch/precision_mean", "mismatch/routing_mean", "mismatch/choices_differing"]
+    keys = {
+        "sft": ["loss", "moe/max_violation"],
+        "grpo": ["loss", "reward", "moe/max_violation", *mismatch],
+    }
     for line, expected in zip(two[0]["lines"], one["lines"], strict=True):
         for key in keys[stage]:
-            assert line[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+            # Mean differences of log-probs of 6 nats are equal to float32 rounding of those.
+            assert line[key] == pytest.approx(expected[key], rel=1e-4, abs=2e-6), key

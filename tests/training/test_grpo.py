@@ -120,7 +120,7 @@ def test_mtp_loss_is_on_completions_only(
 
 
 def test_accumulation_equals_one_large_batch(make_grpo: MakeGRPO, make_policy: MakePolicy) -> None:
-    """1 x 8 against 2 x 4 against 8 x 1: gradients of trunk and modules, biases."""
+    """1 x 8 against 2 x 4 against 8 x 1: gradients of trunk and modules, biases; balance terms too."""
     results = []
     for size in (8, 4, 1):
         policy = make_policy(num_nextn_predict_layers=2)
@@ -132,6 +132,8 @@ def test_accumulation_equals_one_large_batch(make_grpo: MakeGRPO, make_policy: M
             max_grad_norm=1e9,
             mtp_max_grad_norm=1e9,
             bias_update_rate=0.01,
+            sequence_balance_weight=0.1,
+            router_entropy_weight=0.1,
         )
         trainer.train()
         biases = [r.e_score_correction_bias for r in policy.model.routers]

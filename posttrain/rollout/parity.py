@@ -32,7 +32,10 @@ class ParityError(RuntimeError):
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Differences of log-probs in nats. experts_missed: (layer, expert) pairs without a token."""
+    """Differences of log-probs in nats. experts_missed: (layer, expert) pairs without a token.
+
+    tokens_tied: left out, as a router's choice before them hung on rounding (see `sides.TIE`).
+    """
 
     max_abs_logprob_diff: float
     mean_abs_logprob_diff: float
@@ -40,6 +43,7 @@ class ParityReport:
     decode_max: float
     tokens: int
     experts_missed: int
+    tokens_tied: int
     seconds: float
 
 
@@ -81,11 +85,14 @@ class Gate:
             decoded = _continued(engine, self.prompts, self.tokens, self.seed)
             sequences = [p + c for p, (c, _) in zip(self.prompts, decoded, strict=True)]
             prefilled = engine.score(sequences)
-            logits, missed = forward(policy, sequences)
+            logits, missed, tied_BS = forward(policy, sequences)
             missed = int(largest(missed))
             if missed > self._unreached:  # the router has moved: look again at the next check
                 self.prompts = []
         prefill, decode = _differences(logits, sequences, prefilled, [d[1] for d in decoded])
+        tied_BS = tied_BS[:, :-1]
+        prefill = prefill.masked_fill(tied_BS, 0.0)
+        decode = decode.masked_fill(tied_BS[:, -decode.shape[1] :], 0.0)
         worst = largest(_worst(prefill, decode))
         if worst > self.tolerance:
             in_decode = decode.max().item() > max(self.tolerance, 2 * prefill.max().item())
@@ -99,6 +106,7 @@ class Gate:
             decode_max=decode.max().item(),
             tokens=prefill.numel() + decode.numel(),
             experts_missed=missed,
+            tokens_tied=int(tied_BS.sum()),
             seconds=time.perf_counter() - start,
         )
 
@@ -109,7 +117,7 @@ class Gate:
         while True:
             for _ in range(self.count):
                 self.prompts.append(source.choices(vocabulary, k=self.tokens))
-            _, self._unreached = forward(policy, self.prompts)
+            _, self._unreached, _ = forward(policy, self.prompts)
             if not self._unreached or len(self.prompts) + self.count > self.limit:
                 return
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from posttrain.rollout.engine import Engine, request_seed
 
+TIE = 1e-5
+"""Router scores, of order 1, differ by less between two float32 computations of the same policy."""
+
 TEMPERATURES = (1.0, 2.0)
 """Prompts are continued at these in turn: both are right only if temperatures reach every token."""
 
@@ -125,13 +128,21 @@ def _trunk(policy: Any) -> Any:
     return policy.model.layers[: policy.config.num_hidden_layers]
 
 
-def forward(policy: Any, sequences: list[list[int]]) -> tuple[Tensor, int]:
-    """Return logits [B, S, V] in float32 of sequences of one length, and the experts missed."""
+def forward(policy: Any, sequences: list[list[int]]) -> tuple[Tensor, int, Tensor]:
+    """Return logits [B, S, V] in float32 of sequences of one length, experts missed, and ties [B, S].
+
+    A position is tied where a router of this or an earlier position chose by less than TIE: rounding
+    may decide otherwise in the engine, and both are right.
+    """
     reached: list[Tensor] = []
+    tied_T = torch.zeros(len(sequences) * len(sequences[0]), dtype=torch.bool)
 
     def count(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         experts = policy.config.n_routed_experts
         reached.append(torch.bincount(output[2].flatten(), minlength=experts) > 0)
+        bias_E = module.get_buffer("e_score_correction_bias")
+        scores_TE = output[0].float().sigmoid() + bias_E
+        tied_T.logical_or_((choice_margin(scores_TE, policy.config) < TIE).cpu())
 
     routers = [layer.mlp.gate for layer in _trunk(policy) if hasattr(layer.mlp, "gate")]
     hooks = [router.register_forward_hook(count) for router in routers]
@@ -143,7 +154,24 @@ def forward(policy: Any, sequences: list[list[int]]) -> tuple[Tensor, int]:
     finally:
         for hook in hooks:
             hook.remove()
-    return logits, sum(int((~hit).sum()) for hit in reached)
+    tied_BS = tied_T.view(ids.shape).cummax(dim=1).values
+    return logits, sum(int((~hit).sum()) for hit in reached), tied_BS
+
+
+def choice_margin(scores_TE: Tensor, config: Any) -> Tensor:
+    """Return by how much each token's choice was made (T,): of groups, and of experts in them."""
+    groups, kept, chosen = config.n_group, config.topk_group, config.num_experts_per_tok
+    scores_TGe = scores_TE.unflatten(1, (groups, -1))
+    group_TG = scores_TGe.topk(2, dim=-1).values.sum(dim=-1)
+    ranked_TG = group_TG.sort(dim=-1, descending=True).values
+    lost_TG = group_TG < ranked_TG[:, kept - 1 : kept]
+    left_TE = scores_TGe.masked_fill(lost_TG.unsqueeze(-1), float("-inf")).flatten(1)
+    best_TE = left_TE.sort(dim=-1, descending=True).values
+    nobody_T = torch.full_like(scores_TE[:, 0], float("inf"))
+    group_gap_T = ranked_TG[:, kept - 1] - ranked_TG[:, kept] if kept < groups else nobody_T
+    full = chosen == scores_TE.shape[1]
+    expert_gap_T = nobody_T if full else best_TE[:, chosen - 1] - best_TE[:, chosen]
+    return torch.minimum(group_gap_T, expert_gap_T)
 
 
 def request(seed: int, row: int, tokens: int) -> Any:

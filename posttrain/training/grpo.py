@@ -94,6 +94,7 @@ class PolicyGRPOTrainer(RoutingReplay, PolicyTrainer, GRPOTrainer):
         metrics = self._metrics["train"]
         metrics["parity/max_abs_logprob_diff"].append(report.max_abs_logprob_diff)
         metrics["parity/experts_missed"].append(report.experts_missed)
+        metrics["parity/tokens_tied"].append(report.tokens_tied)
 
     def sampling(self, index: int) -> SamplingParams:
         """Sampling of the request at `index` of the global generation batch, seeded for itself."""

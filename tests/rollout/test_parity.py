@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from posttrain.policy.checkpoint import named_tensors
 from posttrain.rollout import parity
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.parity import ParityError
+from posttrain.rollout.sides import choice_margin
 
 TOLERANCE = 1e-4
 
@@ -84,6 +86,41 @@ def test_a_fault_of_the_decode_path_alone_is_found(
     monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", lost)
     with pytest.raises(ParityError, match=r"prefill .*e-0[67], decode 0\.0"):
         parity.check(engine, policy, tolerance=TOLERANCE)
+
+
+def test_a_choice_that_hangs_on_rounding_is_no_difference(engine: Engine, tiny: Any) -> None:
+    """The engine holds an expert's router row a little larger, the trainer its twin's: a tie, decided otherwise."""
+    policy = tiny.policy(4)
+    router = policy.model.layers[1].mlp.gate
+    with torch.no_grad():
+        router.weight[1] = router.weight[0]
+        router.e_score_correction_bias[1] = router.e_score_correction_bias[0]
+        router.e_score_correction_bias[0] += 1e-6
+    engine.sync(named_tensors(policy))
+    with torch.no_grad():
+        router.e_score_correction_bias[0] -= 2e-6
+    report = parity.check(engine, policy, tolerance=TOLERANCE)
+    assert 0 < report.tokens_tied < report.tokens
+    assert report.max_abs_logprob_diff < TOLERANCE
+    with torch.no_grad():  # by a margin that is no rounding it is a difference
+        router.e_score_correction_bias[0] -= 0.05
+    with pytest.raises(ParityError, match=r"layers\.1 on"):
+        parity.check(engine, policy, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("scores", "margin"),
+    [
+        # groups {0, 1}, {2, 3}, {4, 5}: sums 1.5, 1.1, 0.4; two are kept, and of four experts two
+        ([0.9, 0.6, 0.8, 0.3, 0.2, 0.2], 0.2),  # 0.8 before 0.6
+        ([0.9, 0.6, 0.8, 0.3, 0.6, 0.45], 0.05),  # the second group before the third, 1.1 and 1.05
+        ([0.9, 0.8, 0.8, 0.3, 0.2, 0.2], 0.0),  # a tie
+    ],
+)
+def test_margins_by_hand(scores: list[float], margin: float) -> None:
+    config = SimpleNamespace(n_group=3, topk_group=2, num_experts_per_tok=2)
+    found = choice_margin(torch.tensor([scores]), config)
+    assert found.item() == pytest.approx(margin, abs=1e-6)
 
 
 def test_not_a_number_fails(engine: Engine, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

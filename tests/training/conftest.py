@@ -156,7 +156,7 @@ class OpenGate:
     """A parity gate that lets everything pass."""
 
     def check(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
-        return SimpleNamespace(max_abs_logprob_diff=0.0, experts_missed=0)
+        return SimpleNamespace(max_abs_logprob_diff=0.0, experts_missed=0, tokens_tied=0)
 
 
 def reward_digits(completions: list[Any], **columns: Any) -> list[float]:

@@ -5,8 +5,9 @@
 
 Policies of several sizes from scratch, then the given checkpoints (on the prompts of the recipe beside them):
 one row each, |d| in nats. `factor` is the mean |engine - trainer| on tokens whose choices differed, without
-replay over with. `shuffled` is the control, a record of other tokens. The last columns are what TRL's
-corrections would do without and with replay: tokens cut off (ratio above 2), sequences masked (ratio above 3).
+replay over with, and how many those tokens are. `shuffled` is the control, a record of other tokens. The last
+columns are what TRL's corrections would do without and with replay: tokens cut off (ratio above 2), sequences
+masked (ratio above 3).
 
 `--cost` compares engines that record and do not, and forward passes that replay and do not, in turns.
 """
@@ -107,6 +108,7 @@ def row(name: str, engine: str, trainer: str, scorer: Scorer) -> str:
     both = [gaps["without_replay"], gaps["precision"]]
     changed = gaps["changed_without_replay"], gaps["changed_precision"]
     factor = f"{changed[0].mean / changed[1].mean:.2f}" if changed[0].tokens else "-"
+    factor += f" ({changed[0].tokens})"
     shares = sum(found.split.choices_differing()) / len(found.layers)
     tokens = found.split.changed_N.double().mean().item()
     mask = scorer.mask_BC

@@ -60,6 +60,7 @@ class Watch:
     def __init__(self, policy: PolicyForCausalLM) -> None:
         self.rows: dict[bool, list[tuple[tuple[int, ...], Tensor]]] = {True: [], False: []}
         self.chosen: list[Tensor] = []
+        self.starts: set[int] = set()  # how far prompts are padded
         for router in policy.model.trunk_routers:
             router.register_forward_hook(lambda *call: self.chosen.append(call[2][2]))
         policy.model.register_forward_pre_hook(lambda *call: self.chosen.clear())
@@ -72,6 +73,7 @@ class Watch:
         used = torch.stack(self.chosen, dim=1).unflatten(0, tuple(ids.shape))
         for row, real, experts in zip(ids, mask.bool(), used, strict=True):
             self.rows[torch.is_grad_enabled()].append((tuple(row[real].tolist()), experts[real]))
+            self.starts.add(int(real.int().argmax()))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_every_row_is_computed_with_its_record(
     """However TRL shuffles, splits, pads and repeats a rollout batch, and after updates too."""
     policy = make_policy(**THREE_LAYERS)
     watch = Watch(policy)
-    fields = {"max_steps": 2, "learning_rate": 0.02} | fields
+    fields = {"max_steps": 2, "learning_rate": 0.02, "seed": 0} | fields
     _, trainer, _ = trained(
         make_grpo, policy, tokenizer.eos_token_id, "other", replay=replay, **fields
     )
@@ -118,6 +120,7 @@ def test_every_row_is_computed_with_its_record(
             assert any(torch.equal(used, known) for known in records[ids])
             differ += int((used != engines[ids].sort(-1).values).sum())
     assert len(watch.rows[True]) >= 8
+    assert len(watch.starts) > 1  # or the padding would not be tried
     assert (differ > 0) == (replay == "r2")
 
 
